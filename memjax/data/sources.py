@@ -1,0 +1,222 @@
+"""Where text comes from: a scheme string such as 'stdlib' or 'jsonl:/data/*.jsonl:text' becomes a stream of documents.
+
+Nothing here downloads. A source that is not on this machine raises `Missing`, whose message says how to get it.
+"""
+
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+PIECE_CHARS = 4000  # The least text of a 'stdlib' document, except at the end of a file.
+
+
+class Missing(Exception):
+  """A source that is not available here; the message says what was missing and how to get it."""
+
+
+class Source(NamedTuple):
+  """A stream of documents that can be read again."""
+
+  scheme: str  # The string it was opened from.
+  documents: Callable[
+    [], Iterator[str]
+  ]  # Yields documents in a fixed order, one in memory at a time.
+  identity: str  # Changes when the text may have changed; cheap to compute.
+
+
+def open_first(schemes):
+  """Opens the first source that is available.
+
+  Args:
+    schemes: Scheme strings, tried in order:
+      'stdlib': the Python files that come with the interpreter, without tests and generated tables; a document is some
+        4,000 characters or more of one, up to a top-level `def` or `class`. Some 2.5 million tokens with 8,192 pieces,
+        on every machine; they differ between Python versions.
+      'text:GLOB': UTF-8 files, a document a file, in sorted order ('**' matches any depth).
+      'jsonl:GLOB:FIELD': a document a line, the string `FIELD` of its JSON object; '.gz' files are decompressed.
+      'tfds:NAME' or 'tfds:NAME@DATA_DIR': feature 'text' of the 'train' split of a TensorFlow dataset that was prepared
+        with `file_format='array_record'`. Needs `tensorflow-datasets`, but not TensorFlow.
+
+  Returns:
+    (source, missing): the source, and a sentence for each earlier one that was not available.
+
+  Raises:
+    ValueError: for an unknown scheme, naming the nearest known one; when no source is available, listing what to do.
+  """
+  if not schemes:
+    raise ValueError("no data source was given; 'stdlib' is on every machine")
+  for scheme in schemes:
+    _check_scheme(scheme)
+  missing = []
+  for scheme in schemes:
+    kind, _, rest = scheme.partition(':')
+    try:
+      documents, identity = OPENERS[kind](rest)
+    except Missing as error:
+      missing.append(f'{scheme}: {error}')
+    else:
+      return Source(scheme, documents, f'{scheme} {identity}'), tuple(missing)
+  raise ValueError('no data source is available:\n' + '\n'.join(missing))
+
+
+def _check_scheme(scheme):
+  kind, _, rest = scheme.partition(':')
+  if kind not in OPENERS:
+    near = difflib.get_close_matches(kind, OPENERS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+      f'data source {scheme!r}: unknown scheme {kind!r}; did you mean {near!r}? '
+      f'Known: {", ".join(OPENERS)}'
+    )
+  if (kind == 'stdlib') != (not rest):
+    example = {'text': 'GLOB', 'jsonl': 'GLOB:FIELD', 'tfds': 'NAME'}.get(kind)
+    raise ValueError(
+      f'data source {scheme!r}: write {kind if example is None else f"{kind}:{example}"!r}'
+    )
+
+
+def _stdlib(_):
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  paths = sorted(p for p in root.rglob('*.py') if _is_library_code(p.relative_to(root)))
+  if not paths:
+    raise Missing(
+      f'no Python files under {root}; use an interpreter with an unzipped standard library'
+    )
+
+  def documents():
+    for path in paths:
+      with tokenize.open(path) as file:  # Honours the encoding that the file declares.
+        yield from _pieces(file)
+
+  return documents, _stat_identity(paths)
+
+
+def _is_library_code(path):
+  """Leaves out tests, installed packages, and files that a program wrote (character tables, build settings)."""
+  left_out = {'site-packages', 'dist-packages', '__pycache__', 'encodings', 'pydoc_data'}
+  return not any(
+    part in left_out or part.startswith(('test', 'idle_test', '_sysconfigdata'))
+    for part in path.parts
+  )
+
+
+def _pieces(lines):
+  """Cuts a file before top-level definitions: with whole files, a few large ones would decide the validation loss."""
+  piece, chars = [], 0
+  for line in lines:
+    if chars >= PIECE_CHARS and line.startswith(('def ', 'class ', 'async def ', '@')):
+      yield ''.join(piece)
+      piece, chars = [], 0
+    piece.append(line)
+    chars += len(line)
+  yield ''.join(piece)
+
+
+def _text(pattern):
+  paths = _match(pattern)
+  return lambda: map(_read_text, paths), _stat_identity(paths)
+
+
+def _read_text(path):
+  try:
+    return pathlib.Path(path).read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{path}: not UTF-8 ({error}); convert it, or leave it out of the glob'
+    ) from error
+
+
+def _jsonl(rest):
+  pattern, _, field = rest.rpartition(':')
+  if not pattern or not field:
+    raise ValueError(
+      f"data source 'jsonl:{rest}': write 'jsonl:GLOB:FIELD', e.g. 'jsonl:/data/*.jsonl:text'"
+    )
+  paths = _match(pattern)
+
+  def documents():
+    for path in paths:
+      yield from _read_jsonl(path, field)
+
+  return documents, _stat_identity(paths)
+
+
+def _read_jsonl(path, field):
+  with gzip.open(path, 'rb') if str(path).endswith('.gz') else open(path, 'rb') as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        document = json.loads(line)[field]
+      except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+          f'{path}, line {number}: expected a JSON object with field {field!r} ({error!r})'
+        ) from error
+      if not isinstance(document, str):
+        raise ValueError(
+          f'{path}, line {number}: field {field!r} is {type(document).__name__}, not a string'
+        )
+      yield document
+
+
+def _match(pattern):
+  paths = sorted(
+    p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)
+  )
+  if not paths:
+    raise Missing(f'no file matches {pattern}; put one there, or correct the path')
+  return paths
+
+
+def _stat_identity(paths):
+  """Names, sizes and modification times: as good as hashing the text for a cache key, and free."""
+  stats = [(str(p), s.st_size, s.st_mtime_ns) for p, s in ((p, os.stat(p)) for p in paths)]
+  return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def _tfds(rest):
+  name, _, data_dir = rest.partition('@')
+  try:
+    import tensorflow_datasets as tfds
+    from etils import epath
+  except ImportError as error:
+    raise Missing(f"needs TensorFlow Datasets ({error}); pip install 'memjax[tfds]'") from error
+  root = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  how = (
+    f"prepare it once with tfds.builder({name!r}, data_dir={root!r}, file_format='array_record')"
+    '.download_and_prepare()'
+  )
+  # Files first: `tfds.builder(name)` would ask the network about a dataset that is not on this disk.
+  directory = _prepared_directory(epath.Path(root).expanduser(), name)
+  if directory is None:
+    raise Missing(f'not prepared in {root}; {how}')
+  try:
+    examples = tfds.builder_from_directory(directory).as_data_source('train')
+  except NotImplementedError as error:
+    raise Missing(f'{directory} was not prepared for random access; {how}') from error
+  if 'text' not in examples.dataset_info.features:
+    raise ValueError(
+      f"data source tfds:{name} has no feature 'text', only {sorted(examples.dataset_info.features)}"
+    )
+  info = (directory / 'dataset_info.json').read_text()
+  identity = hashlib.sha256(f'{directory} {info}'.encode()).hexdigest()
+  return lambda: (example['text'].decode() for example in examples), identity
+
+
+def _prepared_directory(root, name):
+  """Finds `root/name[/config]/version`; the newest version unless `name` ends in ':version'."""
+  name, _, version = name.partition(':')
+  found = [p.parent for p in (root / name).glob(f'{version or "*"}/dataset_info.json')]
+  if not found:
+    return None
+  return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split('.')])
+
+
+OPENERS = {'stdlib': _stdlib, 'text': _text, 'jsonl': _jsonl, 'tfds': _tfds}

@@ -1,0 +1,206 @@
+"""Text to token ids and back: bytes, a BPE trained on the corpus, or a published tokenizer's file."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Callable
+from typing import NamedTuple
+
+END_OF_TEXT = '<|endoftext|>'
+END_TOKENS = (END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
+SAMPLE_CHARS = (
+  2**26
+)  # A BPE of this size changes little beyond some 64 M characters, and training has a bound.
+
+
+class Tokenizer(NamedTuple):
+  """What the rest of memjax asks of a tokenizer. Text never becomes a control token, whatever it spells."""
+
+  encode: Callable[[str], list[int]]
+  encode_batch: Callable[[list[str]], list[list[int]]]  # Uses all cores where the library can.
+  decode: Callable[[list[int]], str]  # Leaves out control tokens.
+  vocab_size: int  # Ids, the unused and the control tokens included.
+  largest_id: int  # The largest id that text or the end of a document can become.
+  eos_id: int  # Follows every document.
+  identity: str  # Equal only for tokenizers that encode alike.
+
+
+def open_tokenizer(name, source, *, vocab_size, cache_dir):
+  """Opens or trains a tokenizer.
+
+  Args:
+    name: 'bytes'; 'bpe', which is trained on `source` to `vocab_size` pieces and kept in `cache_dir`; the path of a
+      `tokenizer.json`; or the path of a SentencePiece `.model`.
+    source: Corpus, a `sources.Source`; read for 'bpe' only.
+    vocab_size: Rows of the model's embedding.
+    cache_dir: Directory for trained tokenizers.
+
+  Raises:
+    ValueError: for an unknown name or a file that is not there; when ids would not fit in the model's embedding.
+  """
+  if name == 'bytes':
+    tokenizer = _bytes()
+  elif name == 'bpe':
+    tokenizer = _bpe(source, vocab_size, pathlib.Path(cache_dir))
+  else:
+    path = pathlib.Path(name).expanduser()
+    if path.suffix not in OPENERS:
+      near = difflib.get_close_matches(name, ['bytes', 'bpe'], n=1, cutoff=0.0)[0]
+      raise ValueError(
+        f'unknown tokenizer {name!r}; did you mean {near!r}? '
+        "Known: 'bytes', 'bpe', the path of a tokenizer.json, the path of a SentencePiece .model"
+      )
+    if not path.is_file():
+      raise ValueError(
+        f"tokenizer {name!r}: no such file; correct the path, or train one with 'bpe'"
+      )
+    tokenizer = OPENERS[path.suffix](path)
+  check_vocab(tokenizer.largest_id, vocab_size, f'tokenizer {name!r}')
+  return tokenizer
+
+
+def check_vocab(largest_id, vocab_size, who):
+  """Raises ValueError if `largest_id` has no row in an embedding of `vocab_size` rows.
+
+  XLA clamps an index out of range, so without this check a model would train on wrong tokens and say nothing.
+  """
+  if largest_id >= vocab_size:
+    raise ValueError(
+      f'a vocabulary smaller than the data: {who} has token ids up to {largest_id}, the model has vocab_size='
+      f"{vocab_size}; set vocab_size to at least {largest_id + 1}, or train a tokenizer that fits with 'bpe'"
+    )
+
+
+def _bytes():
+  return Tokenizer(
+    encode=lambda text: list(text.encode('utf-8', errors='replace')),
+    encode_batch=lambda texts: [list(text.encode('utf-8', errors='replace')) for text in texts],
+    decode=lambda ids: bytes(i for i in ids if i < 256).decode('utf-8', errors='replace'),
+    vocab_size=257,
+    largest_id=256,
+    eos_id=256,
+    identity='bytes',
+  )
+
+
+def _bpe(source, vocab_size, cache_dir):
+  check_vocab(256, vocab_size, "tokenizer 'bpe', which starts from 256 bytes and an end,")
+  key = hashlib.sha256(f'1 {source.identity} {vocab_size} {SAMPLE_CHARS}'.encode()).hexdigest()[:16]
+  path = cache_dir / f'bpe-{vocab_size}-{key}.json'
+  if not path.exists():
+    _write_atomically(path, train_bpe(source.documents(), vocab_size))
+  return _tokenizer_json(path)
+
+
+def train_bpe(documents, vocab_size):
+  """Trains a byte-level BPE of at most `vocab_size` pieces on the first 64 M characters; returns tokenizer.json's text.
+
+  The same documents give the same vocabulary, on any number of cores.
+  """
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[END_OF_TEXT],
+    # All 256 bytes, so that no text is unknown.
+    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(_sample(documents), trainer)
+  return tokenizer.to_str()
+
+
+def _sample(documents):
+  chars = 0
+  for document in documents:
+    yield document
+    chars += len(document)
+    if chars >= SAMPLE_CHARS:
+      return
+
+
+def _write_atomically(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+  try:
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      temporary.unlink()
+
+
+def _tokenizer_json(path):
+  import tokenizers
+
+  text = path.read_text(encoding='utf-8')
+  tokenizer = tokenizers.Tokenizer.from_str(text)
+  # A document that spells '</s>' must not end itself; nor may the file cut or pad documents.
+  tokenizer.encode_special_tokens = True
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  eos_id = _end_of_text_id(tokenizer, path)
+  special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+  ids = set(tokenizer.get_vocab().values())
+
+  def encode(text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(texts):
+    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+  return Tokenizer(
+    encode=encode,
+    encode_batch=encode_batch,
+    decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    vocab_size=max(ids) + 1,
+    # T5's file has 100 special ids past its 32,000 pieces; a model needs no rows for what no text becomes.
+    largest_id=max((ids - special) | {eos_id}),
+    eos_id=eos_id,
+    identity=hashlib.sha256(text.encode()).hexdigest(),
+  )
+
+
+def _end_of_text_id(tokenizer, path):
+  """The token that Hugging Face's `tokenizer_config.json` beside the file names, else the first usual one."""
+  names = END_TOKENS
+  config = path.with_name('tokenizer_config.json')
+  if config.exists():
+    named = json.loads(config.read_text(encoding='utf-8')).get('eos_token')
+    named = named.get('content') if isinstance(named, dict) else named
+    names = (named, *names) if named else names
+  for name in names:
+    if (eos_id := tokenizer.token_to_id(name)) is not None:
+      return eos_id
+  raise ValueError(
+    f"{path}: no end-of-document token among {', '.join(names)}; name it as 'eos_token' in {config}"
+  )
+
+
+def _sentencepiece(path):
+  import sentencepiece
+
+  processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  eos_id, size = processor.eos_id(), processor.get_piece_size()
+  if eos_id < 0:
+    raise ValueError(f'{path}: no end-of-document piece; train it without --eos_id=-1')
+  from_text = (i for i in range(size) if not processor.is_control(i) and not processor.is_unused(i))
+  return Tokenizer(
+    encode=processor.encode,
+    encode_batch=processor.encode,
+    decode=lambda ids: processor.decode([i for i in ids if not processor.is_control(i)]),
+    vocab_size=size,
+    largest_id=max(eos_id, *from_text),
+    eos_id=eos_id,
+    identity=hashlib.sha256(path.read_bytes()).hexdigest(),
+  )
+
+
+OPENERS = {'.json': _tokenizer_json, '.model': _sentencepiece}
