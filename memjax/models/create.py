@@ -1,0 +1,39 @@
+"""Models by name."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from memjax.models.llama import Llama
+from memjax.models.presets import LLAMA
+
+# Name -> model family, and the fields that make the size.
+PRESETS = {name: (Llama, fields) for name, fields in LLAMA.items()}
+
+
+def create(name: str, **overrides: Any) -> Llama:
+  """Returns the model called `name`, a description that allocates nothing.
+
+  Args:
+    name: A key of `PRESETS`.
+    **overrides: Fields of the model to set or change, such as `dtype='bfloat16'` or `layers=2`.
+
+  Raises:
+    ValueError: for an unknown name or field, naming the nearest known one.
+
+  >>> create('llama_7b', dtype='bfloat16').num_params()
+  6738415616
+  """
+  if name not in PRESETS:
+    raise ValueError(f'No model is called {name!r}.{_nearest(name, PRESETS)}')
+  family, fields = PRESETS[name]
+  known = [field.name for field in dataclasses.fields(family)]
+  for override in overrides:
+    if override not in known:
+      raise ValueError(f'{family.__name__} has no field {override!r}.{_nearest(override, known)}')
+  return family(**{**fields, **overrides})
+
+
+def _nearest(name: str, known) -> str:
+  nearest = difflib.get_close_matches(name, known, n=1)
+  return f' Did you mean {nearest[0]!r}?' if nearest else f' Known: {", ".join(sorted(known))}.'

@@ -1,0 +1,61 @@
+"""The small layers that model families share: linear maps, norms, embeddings, gated MLPs.
+
+Shapes in this file: `B` sequences of `T` tokens, hidden width `D`, MLP width `F`, vocabulary `V`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax import weights
+from memjax.models.module import declare
+
+
+class Linear(nnx.Module):
+  """`[..., m] -> [..., n]`, without bias."""
+
+  def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype):
+    self.kernel = declare(inputs, outputs, dtype=dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return weights.dot(x, self.kernel.get_value())
+
+
+class Embed(nnx.Module):
+  """Token ids `i32[B, T]` to rows `[B, T, D]`, and back to logits when a head is tied to it."""
+
+  def __init__(self, vocab: int, hidden: int, dtype: jnp.dtype):
+    self.embedding = declare(vocab, hidden, dtype=dtype)
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    return weights.take(self.embedding.get_value(), ids)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Returns `[B, T, V]`: the product of every hidden state with every row."""
+    return weights.dot(x, self.embedding.get_value(), transpose=True)
+
+
+class RMSNorm(nnx.Module):
+  """Root mean square norm of `[B, T, D]` over its last axis, in f32 (Zhang & Sennrich, 2019)."""
+
+  def __init__(self, hidden: int, eps: float, dtype: jnp.dtype):
+    self.scale = declare(hidden, dtype=dtype)
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = weights.materialize(self.scale.get_value()).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * scale[None, None, :]).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+  """`down(silu(gate(x)) * up(x))`: SwiGLU (Shazeer, 2020)."""
+
+  def __init__(self, hidden: int, intermediate: int, dtype: jnp.dtype):
+    self.gate = Linear(hidden, intermediate, dtype)
+    self.up = Linear(hidden, intermediate, dtype)
+    self.down = Linear(intermediate, hidden, dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

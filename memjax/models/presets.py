@@ -1,0 +1,81 @@
+"""Sizes of published LLaMA-family models, as fields of `memjax.models.Llama`."""
+
+from typing import Any
+
+from memjax.models.rotary import RopeScaling
+
+
+def _galore(hidden, intermediate, heads, layers, vocab=32_000):
+  """The family of the low-rank pre-training papers (GaLore, APOLLO, ReLoRA): untied, eps 1e-6."""
+  return dict(
+    vocab=vocab, hidden=hidden, intermediate=intermediate, heads=heads, layers=layers, norm_eps=1e-6
+  )
+
+
+def _llama2(hidden, intermediate, heads, layers, kv_heads=None):
+  """Llama 2 (arXiv 2307.09288)."""
+  return dict(
+    vocab=32_000,
+    hidden=hidden,
+    intermediate=intermediate,
+    heads=heads,
+    kv_heads=kv_heads,
+    layers=layers,
+    norm_eps=1e-5,
+  )
+
+
+def _llama3(hidden, intermediate, heads, layers, *, stretch=None, tied=False):
+  """Llama 3 (arXiv 2407.21783); `stretch` is the rotary scaling of 3.1 (8) and 3.2 (32)."""
+  return dict(
+    vocab=128_256,
+    hidden=hidden,
+    intermediate=intermediate,
+    heads=heads,
+    kv_heads=8,
+    layers=layers,
+    norm_eps=1e-5,
+    rope_theta=500_000.0,
+    rope_scaling=RopeScaling(factor=stretch) if stretch else None,
+    tied=tied,
+  )
+
+
+LLAMA: dict[str, dict[str, Any]] = {
+  # For a first run on any machine (10.5M parameters), and for tests.
+  'llama_quickstart': _galore(256, 688, 4, 8, vocab=8192),
+  'llama_tiny': dict(vocab=512, hidden=64, intermediate=176, heads=4, kv_heads=2, layers=2),
+  'llama_9m': _galore(128, 352, 4, 4),
+  'llama_20m': _galore(256, 688, 4, 4),
+  'llama_35m': _galore(384, 1024, 8, 6),
+  'llama_40m': _galore(416, 1024, 8, 8),
+  'llama_60m': _galore(512, 1376, 8, 8),
+  'llama_71m': _galore(512, 1368, 8, 12),
+  'llama_100m': _galore(640, 1708, 10, 12, vocab=32_100),
+  'llama_130m': _galore(768, 2048, 12, 12),
+  'llama_250m': _galore(768, 2560, 16, 24),
+  'llama_350m': _galore(1024, 2736, 16, 24),
+  'llama_1b': _galore(2048, 5461, 32, 24),
+  'llama_3b': _galore(2560, 6848, 32, 32),
+  'llama_7b': _galore(4096, 11_008, 32, 32),
+  'llama2_7b': _llama2(4096, 11_008, 32, 32),
+  'llama2_13b': _llama2(5120, 13_824, 40, 40),
+  'llama2_70b': _llama2(8192, 28_672, 64, 80, kv_heads=8),
+  'llama3_8b': _llama3(4096, 14_336, 32, 32),
+  'llama3_70b': _llama3(8192, 28_672, 64, 80),
+  'llama3_1_8b': _llama3(4096, 14_336, 32, 32, stretch=8.0),
+  'llama3_1_70b': _llama3(8192, 28_672, 64, 80, stretch=8.0),
+  'llama3_2_1b': _llama3(2048, 8192, 32, 16, stretch=32.0, tied=True),
+  'llama3_2_3b': _llama3(3072, 8192, 24, 28, stretch=32.0, tied=True),
+  'smollm2_135m': dict(
+    vocab=49_152,
+    hidden=576,
+    intermediate=1536,
+    heads=9,
+    kv_heads=3,
+    layers=30,
+    norm_eps=1e-5,
+    rope_theta=100_000.0,
+    tied=True,
+  ),
+}

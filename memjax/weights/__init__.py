@@ -1,0 +1,9 @@
+"""What a parameter leaf can be besides an array.
+
+A model never reads a parameter: it asks for `dot`, `take` or `materialize`. So a leaf may be
+low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model changes.
+"""
+
+from memjax.weights.weight import Weight, dot, is_weight, materialize, take
+
+__all__ = ['Weight', 'dot', 'is_weight', 'materialize', 'take']
