@@ -47,28 +47,32 @@ def abstract(state, mesh):
 
 def make_state(mesh, seed=0, d=64):
   """A training state with every container that optax makes, and every dtype that methods store."""
+  rng = np.random.default_rng(seed)
+  params = {
+    'blocks': {'attn': {'q': {'kernel': rng.standard_normal((2, d, d), np.float32)}}},
+    'head': {'kernel': rng.standard_normal((d, 16), np.float32).astype(jnp.bfloat16)},
+    'final_norm': {'scale': rng.standard_normal(d, np.float32)},
+  }
+  tx = optax.chain(
+    optax.masked(
+      optax.scale_by_adam(mu_dtype=jnp.bfloat16), jax.tree.map(lambda p: p.ndim > 1, params)
+    ),
+    optax.identity(),
+    optax.add_decayed_weights(0.1),
+  )
+  moments = {
+    'int8': rng.integers(-128, 128, (8, 8), np.int8),
+    'uint8': rng.integers(0, 256, 3, np.uint8),
+    'none': None,
+  }
+  state = {'step': np.int32(7), 'params': params, 'opt': (tx.init(params), moments)}
+  return copies(jax.device_put(state, shardings(state, mesh)))
 
-  def init():
-    keys = jax.random.split(jax.random.key(seed), 4)
-    params = {
-      'blocks': {'attn': {'q': {'kernel': jax.random.normal(keys[0], (2, d, d))}}},
-      'head': {'kernel': jax.random.normal(keys[1], (d, 16), jnp.bfloat16)},
-      'final_norm': {'scale': jax.random.normal(keys[2], (d,))},
-    }
-    matrices = jax.tree.map(lambda p: p.ndim > 1, params)
-    tx = optax.chain(
-      optax.masked(optax.scale_by_adam(mu_dtype=jnp.bfloat16), matrices),
-      optax.identity(),
-      optax.add_decayed_weights(0.1),
-    )
-    moments = {
-      'int8': jax.random.randint(keys[3], (8, 8), -128, 128, jnp.int8),
-      'uint8': jax.random.randint(keys[3], (3,), 0, 256, jnp.uint8),
-      'none': None,
-    }
-    return {'step': jnp.int32(7), 'params': params, 'opt': (tx.init(params), moments)}
 
-  return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()
+@jax.jit
+def copies(tree):
+  """In buffers of XLA's own, as a jitted initialiser makes them."""
+  return jax.tree.map(jnp.copy, tree)
 
 
 def to_host(tree):
@@ -336,31 +340,49 @@ def zero_out(path):
   path.write_bytes(bytes(path.stat().st_size))
 
 
+# orbax leaves the coroutines of a failed read to the garbage collector, which complains.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('harm', [truncate, flip_bytes, zero_out, os.remove])
-def test_no_damage_to_any_file_goes_unseen(tmp_path, mesh, harm, warned):
-  old, new = make_state(mesh, seed=1), make_state(mesh, seed=2)
+def test_no_damage_to_any_file_goes_unseen(tmp_path, harm, warned):
+  rng = np.random.default_rng(0)
+  old, new = ({'x': jnp.asarray(rng.standard_normal((64, 64)))} for _ in range(2))
   references = {1: to_host(old), 2: to_host(new)}
-  target = abstract(new, mesh)
+  target = jax.eval_shape(lambda: new)
   with Checkpoints(tmp_path / 'sound', every=1) as ckpt:
     ckpt.maybe_save(old, 1, {'at': 1})
     ckpt.maybe_save(new, 2, {'at': 2})
-  used = []
+  used = {}
   for i, file in enumerate(checkpoint_files(tmp_path / 'sound' / '2')):
-    shutil.copytree(tmp_path / 'sound', tmp_path / str(i))
-    harm(tmp_path / str(i) / '2' / file)
-    count = len(warned())
-    with Checkpoints(tmp_path / str(i), every=1) as ckpt:
-      step, state, metadata = (restored := ckpt.restore(target)).step, *restored[::2]
-      # Some files only describe the others; without them the values may still be right.
+    copy = tmp_path / str(i)
+    shutil.copytree(tmp_path / 'sound', copy)
+    harm(copy / '2' / file)
+    with Checkpoints(copy, every=1) as ckpt:
+      state, step, metadata = ckpt.restore(target)
+      # Some files only describe the others: without them the values may still be right.
       assert_same_bits(state, references[step])
       assert metadata == {'at': step}
       assert ckpt.steps() == ([1] if step == 1 else [1, 2])
-      if step == 1:
-        assert any(str(tmp_path / str(i) / '2') in m and 'damaged' in m for m in warned()[count:])
-        assert ckpt.maybe_save(new, 2, {'at': 2})  # Training comes by again.
-        assert ckpt.restore(target).step == 2
-    used.append(step)
-  assert used.count(1) >= 3
+    reported = any(f'{copy}/2 is damaged' in message for message in warned())
+    assert reported == (step == 1)
+    used[str(file)] = step
+  assert used['metadata/metadata'] == 1
+  assert used['state/manifest.ocdbt'] == 1
+  data = [step for file, step in used.items() if '/d/' in file]
+  assert data.count(1) >= 2  # The index and the values; the third is an index of the writer's own.
+
+
+def test_a_damaged_step_can_be_saved_again(tmp_path, mesh):
+  state = make_state(mesh)
+  with Checkpoints(tmp_path, every=1) as ckpt:
+    ckpt.maybe_save(state, 1, None)
+    ckpt.maybe_save(state, 2, None)
+    ckpt.wait()
+    for again in range(2):
+      shutil.rmtree(tmp_path / '2' / 'state')
+      assert ckpt.restore(abstract(state, mesh)).step == 1, again
+      assert (tmp_path / 'damaged_2').is_dir()
+      assert ckpt.maybe_save(state, 2, None)
+      assert ckpt.restore(abstract(state, mesh)).step == 2
 
 
 def test_silently_changed_values_are_damage(tmp_path, mesh, warned, monkeypatch):
