@@ -1,0 +1,68 @@
+"""memjax: train and fine-tune language models in a fraction of the usual memory.
+
+Every method is an `optax.GradientTransformation` that works alone, in a chain, in a notebook, on any pytree of arrays:
+
+>>> import jax.numpy as jnp, optax, memjax
+>>> params = {'dense': {'kernel': jnp.ones((64, 256))}}
+>>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), memjax.galore(1e-2, rank=4))
+>>> state = optimizer.init(params)
+>>> updates, state = optimizer.update({'dense': {'kernel': jnp.ones((64, 256))}}, state, params)
+>>> params = memjax.apply_updates(params, updates)
+
+The submodules `data`, `models`, `train` and the rest are imported when they are first named, so that `import memjax` loads
+JAX and optax and nothing heavier.
+"""
+
+import importlib
+
+from memjax.transforms import (
+  apply_updates,
+  default_targets,
+  galore,
+  project,
+  scale_by_galore,
+  subspace_iteration,
+  svd,
+)
+from memjax.version import __version__
+
+_SUBMODULES = (
+  'build',
+  'checkpoint',
+  'compat',
+  'config',
+  'data',
+  'evaluate',
+  'metrics',
+  'models',
+  'optimizers',
+  'plan',
+  'schedules',
+  'sharding',
+  'steps',
+  'train',
+  'transforms',
+  'weights',
+)
+
+__all__ = [
+  '__version__',
+  'apply_updates',
+  'default_targets',
+  'galore',
+  'project',
+  'scale_by_galore',
+  'subspace_iteration',
+  'svd',
+  *_SUBMODULES,
+]
+
+
+def __getattr__(name):
+  if name in _SUBMODULES:
+    return importlib.import_module(f'memjax.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+  return sorted(__all__)

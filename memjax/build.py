@@ -1,0 +1,127 @@
+"""From a config to the parts of a run, as shapes: nothing here allocates on a device."""
+
+import inspect
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from memjax import config as config_lib
+from memjax import models, optimizers, schedules, sharding
+from memjax.steps import whole_tree
+
+
+class Parts(NamedTuple):
+  """What a training run is put together from."""
+
+  model: Any  # Pure functions of parameters.
+  schedule: optax.Schedule  # Learning rate of a count.
+  transform: optax.GradientTransformation
+  state: dict  # Training state as shapes, with shardings.
+  batch: dict  # One batch as shapes, with shardings.
+  init: Any  # Jitted: key -> state.
+  step: Any  # Jitted: (state, batch) -> (state, metrics); donates the state.
+  eval_step: Any  # Jitted: (params, batch) -> (loss sum, count).
+
+
+def build(config: ConfigDict, mesh: Mesh) -> Parts:
+  """Puts a run together over a mesh, whose devices need not exist.
+
+  Raises:
+    ValueError: for a config that contradicts itself or does not fit the mesh, naming the field or the leaf.
+  """
+  config_lib.validate(config)
+  sharding.check_batch(config.batch_size, config.accumulate, mesh)
+  model = build_model(config, mesh)
+  schedule = build_schedule(config)
+  transform = build_transform(config, schedule)
+
+  def init(key):
+    return whole_tree.init_state(model.init, transform, key)
+
+  state = jax.eval_shape(init, jax.random.key(0))
+  shardings = _state_shardings(state, model.SHARDING, mesh)
+  state = _place(state, shardings)
+  batch = batch_shapes(config.batch_size, config.seq_len, mesh)
+  train_step = whole_tree.make_train_step(
+    model.loss,
+    transform,
+    accumulate=config.accumulate,
+    clip_norm=config.clip_norm or None,
+    rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
+  )
+  return Parts(
+    model=model,
+    schedule=schedule,
+    transform=transform,
+    state=state,
+    batch=batch,
+    init=jax.jit(init, out_shardings=shardings),
+    step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+    eval_step=jax.jit(whole_tree.make_eval_step(model.loss)),
+  )
+
+
+def build_model(config: ConfigDict, mesh: Mesh):
+  """Returns the model of a config, its hidden states sharded like the batch."""
+  arguments = dict(
+    dtype=jnp.dtype(config.compute_dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    remat=config.remat,
+    activations=sharding.batch_sharding(mesh),
+    **config.model_args.to_dict(),
+  )
+  return models.create(config.model, **arguments)
+
+
+def build_schedule(config: ConfigDict) -> optax.Schedule:
+  """Returns the learning rate of a config as a function of the count of finished updates."""
+  return schedules.SCHEDULES[config.schedule.name](
+    config.optimizer.learning_rate,
+    steps=config.steps,
+    warmup_steps=int(config.schedule.warmup_ratio * config.steps),
+    final_ratio=config.schedule.final_ratio,
+  )
+
+
+def build_transform(config: ConfigDict, learning_rate) -> optax.GradientTransformation:
+  """Returns the optimizer of a config; arguments that only other optimizers take are not given to it."""
+  arguments = config.optimizer.to_dict()
+  factory = optimizers.OPTIMIZERS[arguments.pop('name')]
+  known = inspect.signature(factory).parameters
+  arguments = {k: v for k, v in arguments.items() if k in known} | {'learning_rate': learning_rate}
+  return factory(**arguments)
+
+
+def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:
+  """Returns a batch as shapes sharded over the mesh: tokens, targets i32 and weights f32, all [B, T]."""
+  where = sharding.batch_sharding(mesh)
+  dtypes = {'tokens': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=where)
+    for name, dtype in dtypes.items()
+  }
+
+
+def root_key(config: ConfigDict, purpose: str) -> jax.Array:
+  """Returns the root key of one kind of draw, from the config's seed."""
+  return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(purpose.encode()))
+
+
+def _state_shardings(state, rules, mesh):
+  params = sharding.param_shardings(state['params'], rules, mesh)
+  return {
+    'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    'params': params,
+    'opt': sharding.state_shardings(state['opt'], state['params'], params),
+  }
+
+
+def _place(shapes, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )

@@ -1,0 +1,237 @@
+"""What a run is made of: one tree of named fields with defaults, and the checks on it.
+
+A config file calls `default`, changes what its experiment decides, and returns the result:
+
+```python
+def get_config(arg=''):
+  arg = parse_arg(arg, smoke=False)
+  c = default()
+  c.model = 'llama_60m'
+  c.steps = 4 if arg.smoke else 10_000
+  c.optimizer = optimizer('galore', learning_rate=0.01, rank=128)
+  return c
+```
+
+The tree is locked, so a misspelt field is an error where it is written; `validate` checks what types cannot.
+"""
+
+import ast
+import difflib
+import inspect
+import types
+
+from ml_collections import ConfigDict
+
+from memjax import optimizers, schedules
+
+# What may differ between runs that share a work directory: nothing here changes what a finished step computed.
+MAY_CHANGE = (
+  'steps',
+  'log_every',
+  'eval_every',
+  'eval_tokens',
+  'checkpoint',
+  'mesh',
+  'cpu_devices',
+  'sample',
+)
+
+
+def default() -> ConfigDict:
+  """Returns a config with every field of a run. Counts are over the whole mesh unless said otherwise."""
+  c = ConfigDict()
+  c.model = 'llama_quickstart'  # A name in memjax.models.PRESETS.
+  c.model_args = ConfigDict(dict(loss_chunk=1024))  # Fields of the model to change.
+  c.param_dtype = 'float32'
+  c.compute_dtype = 'float32'
+  c.remat = 'none'  # What the backward pass recomputes: none, full, dots, ...
+  c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
+
+  c.steps = 1000  # Updates.
+  c.batch_size = 8  # Sequences an update, all micro-batches together.
+  c.accumulate = 1  # Micro-batches an update.
+  c.seq_len = 128  # Tokens a sequence.
+  c.seed = 0  # Of the parameters, the order of the data, and every other draw.
+
+  c.data = ConfigDict()
+  c.data.sources = ('stdlib',)  # Tried in this order: stdlib, text:GLOB, jsonl:GLOB:FIELD, tfds:NAME.
+  c.data.tokenizer = 'bpe'  # bpe, bytes, or the path of a tokenizer.json or a SentencePiece model.
+  c.data.cache_dir = ''  # Tokens and trained tokenizers; '' is the user's cache folder.
+  c.data.validation_fraction = 0.02  # Of the documents.
+  c.data.max_tokens = 0  # Reads at most so many; 0 reads all.
+
+  c.optimizer = optimizer('adamw', learning_rate=1e-3)
+  c.schedule = ConfigDict(dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1))  # Of `steps`; of the peak.
+  c.clip_norm = 0.0  # Largest global norm of the gradient; 0 does not clip.
+
+  c.log_every = 10  # Updates.
+  c.eval_every = 200  # Updates; the last is always evaluated. 0 never evaluates.
+  c.eval_tokens = 0  # Evaluates on at most so many tokens; 0 takes the whole validation split.
+  c.checkpoint = ConfigDict(dict(every=200, keep=2, keep_every=0))  # Updates, checkpoints, updates.
+  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # Devices an axis; -1 takes what is left.
+  c.cpu_devices = 0  # Virtual devices where there is no accelerator; 0 leaves JAX its choice.
+  c.sample = ConfigDict(dict(prompt='def ', tokens=64, temperature=0.8))  # Drawn at the end.
+  return c.lock()
+
+
+def optimizer(name: str, **arguments) -> ConfigDict:
+  """Returns the `optimizer` part of a config: the name and every argument, defaults filled in.
+
+  Raises:
+    ValueError: for an unknown name or argument, with the nearest one that exists.
+  """
+  factory = _look_up('optimizer', name, optimizers.OPTIMIZERS)
+  known = {p.name: p.default for p in inspect.signature(factory).parameters.values()}
+  for field in arguments:
+    if field not in known:
+      raise ValueError(f'optimizer {name!r} has no argument {field!r}; {nearest(field, known)}')
+  filled = {k: arguments.get(k, v) for k, v in known.items()}
+  missing = [k for k, v in filled.items() if v is inspect.Parameter.empty]
+  if missing:
+    raise ValueError(f'optimizer {name!r} needs {", ".join(missing)}')
+  return ConfigDict(dict(name=name, **filled))
+
+
+def parse_arg(arg: str, **defaults):
+  """Parses what follows the colon in `--config=file.py:smoke,rank=8` into a namespace.
+
+  A bare word switches a boolean on; the others are `name=value` with the type of the default.
+
+  >>> parse_arg('smoke,rank=8', smoke=False, rank=512)
+  namespace(smoke=True, rank=8)
+
+  Raises:
+    ValueError: for a name without a default, with the nearest one; for a value of another type.
+  """
+  values = dict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    name, equals, text = item.partition('=')
+    if name not in defaults:
+      raise ValueError(f'the config takes no argument {name!r}; {nearest(name, defaults)}')
+    kind = type(defaults[name])
+    if not equals:
+      text = 'True' if kind is bool else ''
+    try:
+      values[name] = text if kind is str else kind(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError) as e:
+      raise ValueError(f'argument {name!r} takes a {kind.__name__}, as in {name}=..., not {text!r}') from e
+  return types.SimpleNamespace(**values)
+
+
+def nearest(word: str, known) -> str:
+  """Returns 'the nearest is ...' for an error about a name that does not exist."""
+  close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+  return f'the nearest is {close[0]!r}' if close else f'there are {", ".join(sorted(known))}'
+
+
+def field_names() -> set[str]:
+  """Returns the last name of every field of a config, and of every argument of every optimizer."""
+  names = {path.split('.')[-1] for path, _ in _leaves(default().to_dict())}
+  groups = {path.split('.')[0] for path, _ in _leaves(default().to_dict())}
+  arguments = {a for f in optimizers.OPTIMIZERS.values() for a in inspect.signature(f).parameters}
+  return names | groups | arguments
+
+
+def validate(c: ConfigDict) -> None:
+  """Checks a config before anything is allocated.
+
+  Raises:
+    ValueError: naming the field, its value and what it may be.
+  """
+  _check_fields(c.to_dict(), default().to_dict(), '')
+  _look_up('schedule.name', c.schedule.name, schedules.SCHEDULES)
+  _check_optimizer(c.optimizer.to_dict())
+  for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
+    if getattr(c, field) < 1:
+      raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
+  for field in ('every', 'keep'):
+    if c.checkpoint[field] < 1:
+      raise ValueError(f'config.checkpoint.{field} is {c.checkpoint[field]}; it counts at least one')
+  if c.batch_size % c.accumulate:
+    raise ValueError(
+      f'config.batch_size {c.batch_size} is not a multiple of config.accumulate {c.accumulate}'
+    )
+  if not 0 <= c.schedule.warmup_ratio < 1:
+    raise ValueError(f'config.schedule.warmup_ratio is {c.schedule.warmup_ratio}; it is in [0, 1)')
+  if not 0 < c.data.validation_fraction < 1:
+    raise ValueError('config.data.validation_fraction lies between 0 and 1, exclusive')
+  for field in ('param_dtype', 'compute_dtype'):
+    _look_up(field, c[field], ('float32', 'bfloat16', 'float16'))
+
+
+def check_same_run(old: dict, new: dict) -> list[str]:
+  """Compares the config of a work directory with the one that wants to continue there.
+
+  Returns:
+    Sentences about fields that differ and may.
+
+  Raises:
+    ValueError: naming the fields that differ and may not.
+  """
+  a, b = dict(_leaves(old)), dict(_leaves(new))
+  different = sorted(k for k in {*a, *b} if _plain(a.get(k)) != _plain(b.get(k)))
+  lines = [f'{k}: {a.get(k)!r} there, {b.get(k)!r} here' for k in different]
+  fatal = [line for k, line in zip(different, lines) if k.split('.')[0] not in MAY_CHANGE]
+  if fatal:
+    raise ValueError(
+      'the work directory belongs to another config (' + '; '.join(fatal) + '); choose another '
+      '--workdir, or delete it'
+    )
+  return lines
+
+
+def _check_optimizer(fields: dict) -> None:
+  """Names only; arguments that another optimizer takes are left unread, so that `name` alone can be overridden."""
+  factory = _look_up('optimizer', fields.get('name'), optimizers.OPTIMIZERS)
+  known = set(inspect.signature(factory).parameters)
+  foreign = {a for f in optimizers.OPTIMIZERS.values() for a in inspect.signature(f).parameters}
+  for field in fields:
+    if field not in known | foreign | {'name'}:
+      raise ValueError(f'optimizer has no argument {field!r}; {nearest(field, known)}')
+
+
+def _look_up(what, name, table):
+  if name not in table:
+    raise ValueError(f'{what} {name!r} does not exist; {nearest(str(name), table)}')
+  return table[name] if isinstance(table, dict) else name
+
+
+def _check_fields(given: dict, known: dict, prefix: str) -> None:
+  """Field names and types, for configs that were not built on `default`."""
+  for name, value in given.items():
+    path = f'{prefix}{name}'
+    if prefix in ('optimizer.', 'model_args.'):
+      continue  # Checked against the function that takes them.
+    if name not in known:
+      raise ValueError(f'config.{path} does not exist; {nearest(name, known)}')
+    if isinstance(known[name], dict):
+      if not isinstance(value, dict):
+        raise ValueError(f'config.{path} is a group of fields, not {value!r}')
+      _check_fields(value, known[name], f'{path}.')
+    elif not _same_type(value, known[name]):
+      raise ValueError(f'config.{path} takes a {type(known[name]).__name__}, not {value!r}')
+  missing = [k for k in known if k not in given and prefix not in ('optimizer.', 'model_args.')]
+  if missing:
+    raise ValueError(
+      f'config.{prefix}{missing[0]} is missing; start from memjax.config.default()'
+    )
+
+
+def _same_type(value, like) -> bool:
+  if isinstance(like, float):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  if isinstance(like, (tuple, list)):
+    return isinstance(value, (tuple, list))
+  return type(value) is type(like)
+
+
+def _leaves(tree: dict, prefix: str = ''):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}', value
+
+
+def _plain(value):
+  return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,56 @@
+"""Validation loss: summed over tokens in f32, divided once."""
+
+import functools
+import math
+
+import jax
+
+
+def evaluate(eval_step, params, split, batch, *, max_tokens=0, stop=lambda: False) -> dict | None:
+  """Returns the mean loss over a validation split, in file order.
+
+  Every token counts once and equally, however the split falls into batches and devices.
+
+  Args:
+    eval_step: `eval_step(params, batch) -> (sum f32[], count f32[])`, jitted.
+    params: Parameters.
+    split: A `memjax.data.Split`.
+    batch: One batch as shapes with shardings.
+    max_tokens: Stops after so many tokens, rounded up to a batch; 0 takes all.
+    stop: Asked before every batch; when it says yes, the evaluation is given up.
+
+  Returns:
+    `eval/loss` (nats a token), `eval/perplexity`, `eval/tokens`; None when given up.
+  """
+  batch_size, seq_len = batch['tokens'].shape
+  batches = split.eval_batches(batch_size)
+  if max_tokens:
+    batches = min(batches, math.ceil(max_tokens / (batch_size * seq_len)))
+  sums = []
+  for index in range(batches):
+    if stop():
+      return None
+    rows = functools.partial(split.eval_rows, index, batch_size)
+    sums.append(eval_step(params, place(rows, batch)))
+  total, count = (math.fsum(map(float, x)) for x in zip(*jax.device_get(sums), strict=True))
+  loss = total / count
+  return {'eval/loss': loss, 'eval/perplexity': math.exp(min(loss, 700.0)), 'eval/tokens': count}
+
+
+def place(rows, shapes: dict) -> dict:
+  """Returns a global batch whose rows were read only where a local device needs them.
+
+  Args:
+    rows: `rows(start, stop)` returns a dict of numpy arrays, rows `start:stop` of the batch.
+    shapes: The batch as shapes with shardings.
+  """
+  rows = functools.lru_cache(maxsize=None)(rows)
+
+  def read(name, shape):
+    def local(index):
+      start, stop, _ = index[0].indices(shape.shape[0])
+      return rows(start, stop)[name]
+
+    return jax.make_array_from_callback(shape.shape, shape.sharding, local)
+
+  return {name: read(name, shape) for name, shape in shapes.items()}

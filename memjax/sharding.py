@@ -1,0 +1,162 @@
+"""Where arrays live on a device mesh with the axes `data`, `fsdp` and `tensor`.
+
+Parameters follow rules, pairs of (regular expression on the leaf path, `PartitionSpec`): the first match wins and every
+leaf must be matched. Everything else is derived: optimizer state from the parameter it belongs to, the batch from the mesh.
+A path is the leaf's keys joined by slashes: `blocks/attn/q/kernel`.
+"""
+
+import math
+import re
+
+import jax
+from jax.experimental import mesh_utils
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """Returns a mesh over `devices` (default: all of every process); -1 for one axis takes what the others leave.
+
+  >>> make_mesh(fsdp=2).shape
+  OrderedDict({'data': 4, 'fsdp': 2, 'tensor': 1})
+
+  Raises:
+    ValueError: when the axes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+  wild = [axis for axis, size in sizes.items() if size == -1]
+  if len(wild) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+    raise ValueError(f'mesh {sizes}: sizes are positive, and at most one is -1')
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if wild and len(devices) % fixed == 0:
+    sizes[wild[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f'mesh {sizes} takes {fixed} devices{" or a multiple" if wild else ""}, but there are '
+      f'{len(devices)}; change config.mesh'
+    )
+  shape = tuple(sizes[axis] for axis in AXES)
+  if devices[0].platform == 'tpu':  # Neighbours on the torus become neighbours on the mesh.
+    grid = mesh_utils.create_device_mesh(shape, devices)
+  else:
+    grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def param_shardings(params, rules, mesh: Mesh):
+  """Returns the sharding of every parameter by the first rule that matches its path.
+
+  Args:
+    params: Tree of arrays or shapes.
+    rules: Pairs of (regular expression searched in the leaf path, `PartitionSpec`).
+    mesh: Mesh with the axes the rules name.
+
+  Raises:
+    ValueError: naming a leaf that no rule covers, or whose dimension the mesh does not divide.
+  """
+
+  def decide(path, leaf):
+    name = path_name(path)
+    for pattern, spec in rules:
+      if re.search(pattern, name):
+        _check_divides(name, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+    raise ValueError(f'{name}: shape {leaf.shape} is matched by no sharding rule; add one')
+
+  return jax.tree_util.tree_map_with_path(decide, params)
+
+
+def state_shardings(state, params, shardings):
+  """Returns the sharding of every optimizer-state leaf, derived from the parameter it belongs to.
+
+  A state leaf belongs to the parameter whose path ends its own (`0/mu/blocks/attn/q/kernel`). It takes that parameter's
+  axes dimension by dimension: a moment all of them, a projected `[..., r, n]` leaf the axes of `m` on `r` and of `n` on `n`
+  as far as they divide, a factored `[..., m]` leaf those of the dimensions it kept. What belongs to no parameter (counts)
+  is replicated.
+
+  Args:
+    state: Optimizer state as arrays or shapes, of `transform.init(params)`.
+    params: Tree of arrays or shapes.
+    shardings: Tree of `NamedSharding`, one a parameter.
+  """
+  owners = {}
+  for (path, leaf), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+  ):
+    owners[_keys(path)] = (leaf.shape, sharding)
+  mesh = next(iter(owners.values()))[1].mesh
+
+  def derive(path, leaf):
+    keys = _keys(path)
+    for start in range(len(keys) + 1):  # The longest suffix first.
+      if keys[start:] in owners:
+        shape, sharding = owners[keys[start:]]
+        return NamedSharding(mesh, _inherit(leaf.shape, shape, sharding.spec, mesh))
+    return NamedSharding(mesh, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(derive, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays whose first axis is the batch: over `data` and `fsdp`."""
+  return NamedSharding(mesh, BATCH)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+  """Raises a `ValueError` unless every micro-batch divides over the mesh's batch axes."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_size // accumulate % ways:
+    raise ValueError(
+      f'a micro-batch of {batch_size // accumulate} sequences does not divide over data x fsdp = '
+      f'{ways} devices; make config.batch_size a multiple of {ways * accumulate}'
+    )
+
+
+def bytes_per_device(tree, shardings) -> int:
+  """Returns the bytes that one device holds of `tree` (arrays or shapes) under `shardings`."""
+  return sum(
+    math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+  )
+
+
+def path_name(path) -> str:
+  """Returns a JAX key path as `blocks/attn/q/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _keys(path) -> tuple[str, ...]:
+  return tuple(path_name((key,)) for key in path)
+
+
+def _ways(entry, mesh) -> int:
+  """How many devices one entry of a `PartitionSpec` (None, an axis, a tuple of axes) divides a dimension over."""
+  return math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def _check_divides(name, shape, spec, mesh):
+  if len(spec) > len(shape):
+    raise ValueError(f'{name}: shape {shape} has fewer axes than its sharding rule {spec}')
+  for axis, (size, entry) in enumerate(zip(shape, spec)):
+    if size % _ways(entry, mesh):
+      raise ValueError(
+        f'{name}: axis {axis} of shape {shape} does not divide over {entry!r} = '
+        f'{_ways(entry, mesh)} devices; change config.mesh'
+      )
+
+
+def _inherit(shape, owner_shape, owner_spec, mesh) -> PartitionSpec:
+  """The axes of a parameter's dimensions, on the dimensions of a state leaf that descends from them."""
+  entries = (*owner_spec, *(None,) * (len(owner_shape) - len(owner_spec)))
+  if len(shape) < len(owner_shape):  # Factored: keep the dimensions that survived, matched from the left.
+    kept, sizes = [], list(zip(owner_shape, entries))
+    for size in shape:
+      while sizes and sizes[0][0] != size:
+        sizes.pop(0)
+      kept.append(sizes.pop(0)[1] if sizes else None)
+    entries = tuple(kept)
+  return PartitionSpec(*(e if size % _ways(e, mesh) == 0 else None for size, e in zip(shape, entries)))

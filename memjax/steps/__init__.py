@@ -1,0 +1,1 @@
+"""How one training step runs; one file a kind of step."""

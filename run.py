@@ -1,0 +1,78 @@
+"""Trains a model from a config file: `python run.py --config=configs/quickstart.py`.
+
+The same command resumes. `:smoke` after the file name runs it in seconds on a CPU, and `--config.field=value` changes a
+field. On a pod, start the same command with `--distributed` on every host.
+"""
+
+import signal
+import sys
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Until training starts there is nothing to save.
+
+import pathlib  # noqa: E402
+import re  # noqa: E402
+
+import jax  # noqa: E402
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from memjax.config import field_names, nearest  # noqa: E402
+from memjax.train import train  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
+WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run writes; default runs/<config>.')
+DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other hosts of a pod or cluster.')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; default: found.')
+PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes; default: found.')
+PROCESS = flags.DEFINE_integer('process', None, 'Index of this process; default: found.')
+TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where a refused input was found.')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise ValueError(f'unknown argument {argv[1]!r}; options begin with --')
+  config = CONFIG.value
+  workdir = WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
+  if DISTRIBUTED.value or COORDINATOR.value:
+    if config.cpu_devices:  # Many processes on a machine without an accelerator.
+      jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  train(config, workdir)
+
+
+def default_workdir(config_file: str) -> str:
+  """Returns runs/<config>, with what follows the colon: `configs/a.py:smoke,rank=8` -> `runs/a-smoke-rank8`."""
+  path, _, argument = config_file.partition(':')
+  name = '-'.join([pathlib.Path(path).stem, *argument.split(',')]) if argument else pathlib.Path(path).stem
+  return str(pathlib.Path('runs') / re.sub(r'[^\w.-]', '', name))
+
+
+def parse_flags(argv):
+  """Parses the command line; a field that does not exist is answered with the nearest one that does."""
+  try:
+    remaining = flags.FLAGS(argv)
+    if CONFIG.value is None:
+      raise SystemExit('run.py: say which experiment, as --config=configs/quickstart.py')
+    CONFIG.value.to_dict()  # A config file that could not be read shows here.
+    return remaining
+  except (AttributeError, KeyError) as e:
+    field = re.search(r"'(\w+)'", str(e))
+    if field is None:
+      raise
+    raise SystemExit(f'run.py: the config has no field {field[1]!r}; {nearest(field[1], field_names())}') from e
+  except OSError as e:
+    raise SystemExit(f'run.py: {e}') from e
+
+
+def run(argv):
+  """Runs `main`; a refused input is one sentence, not a traceback."""
+  try:
+    main(argv)
+  except ValueError as e:
+    if TRACEBACK.value:
+      raise
+    raise SystemExit(f'run.py: {e}\n(--traceback shows where this was found)') from None
+
+
+if __name__ == '__main__':
+  app.run(run, flags_parser=parse_flags)
