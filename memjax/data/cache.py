@@ -1,13 +1,14 @@
 """Documents become two files of tokens, once; later loads map them into memory.
 
-A cache entry is a directory `tokens-<key>` with `train.bin` and `validation.bin` (little-endian uint16 or uint32) and
-`meta.json`. It appears by a rename, so it is whole or absent: after a kill, and when several processes write it at once.
+A cache entry is a directory `tokens-<key>` with `train.bin` and `validation.bin` (little-endian
+uint16 or uint32) and `meta.json`. It appears by a rename, so it is whole or absent: after a kill,
+and when several processes write it at once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import shutil
 import sys
 import uuid
@@ -25,16 +26,18 @@ SPLITS = ('train', 'validation')
 def token_streams(
   source, tokenizer, *, vocab_size, cache_dir, seed, validation_fraction, max_tokens
 ):
-  """Returns {'train': stream, 'validation': stream}, memory-mapped; tokenises only what `cache_dir` lacks.
+  """Returns {'train': stream, 'validation': stream}, memory-mapped; tokenises what is not cached.
 
-  A document is in the validation split if a hash of (seed, its text) falls below `validation_fraction`: a pure function,
-  so the split is the same everywhere, and two copies of a text are on the same side.
+  A document is in the validation split if a hash of (seed, its text) falls below
+  `validation_fraction`: a pure function, so the split is the same everywhere, and two copies of a
+  text are on the same side.
 
   Args:
     source: A `sources.Source`.
     tokenizer: A `tokenizers.Tokenizer`.
     vocab_size: Rows of the model's embedding.
-    cache_dir: Directory on a local or shared file system; an entry takes 2 bytes a token, 4 beyond 65,536 pieces.
+    cache_dir: A pathlib.Path on a local or shared file system; an entry takes 2 bytes a token, 4
+      beyond 65,536 pieces.
     seed: Seed of the split.
     validation_fraction: Fraction of documents in the validation split.
     max_tokens: Tokens to take from the front of the source, both splits together; None for all.
@@ -46,7 +49,7 @@ def token_streams(
   key = hashlib.sha256(json.dumps([1, *parts]).encode()).hexdigest()[
     :16
   ]  # 1: version of this format.
-  entry = pathlib.Path(cache_dir) / f'tokens-{key}'
+  entry = cache_dir / f'tokens-{key}'
   if not entry.exists():
     _write_entry(
       entry,
@@ -54,7 +57,7 @@ def token_streams(
       tokenizer,
     )
   meta = json.loads((entry / 'meta.json').read_text())
-  if not any(meta['documents'].values()):
+  if not meta['documents']:
     raise ValueError(f'{source.scheme}: the files hold no text; add some, or name another source')
   tokenizers.check_vocab(meta['largest_id'], vocab_size, f'the text of {source.scheme}')
   return {name: _map(entry / f'{name}.bin', meta['dtype']) for name in SPLITS}
@@ -97,30 +100,34 @@ def _write_entry(entry, labelled, tokenizer):
   temporary = entry.with_name(f'.{entry.name}.{uuid.uuid4().hex}')
   temporary.mkdir(parents=True)
   try:
-    documents = {name: 0 for name in SPLITS}
-    largest_id = tokenizer.eos_id
-    files = {name: open(temporary / f'{name}.bin', 'wb') for name in SPLITS}
-    for file in files.values():
-      # The first document, too, is predicted from the end of another one.
-      file.write(np.array([tokenizer.eos_id], dtype).tobytes())
-    for name, ids in labelled:
-      documents[name] += 1
-      largest_id = max(largest_id, *ids)
-      files[name].write(np.array(ids, dtype).tobytes())
-    for file in files.values():
-      file.close()
-    meta = {'dtype': dtype, 'largest_id': largest_id, 'documents': documents}
+    with contextlib.ExitStack() as stack:
+      files = {n: stack.enter_context(open(temporary / f'{n}.bin', 'wb')) for n in SPLITS}
+      meta = {'dtype': dtype, **_write_tokens(files, labelled, tokenizer.eos_id, dtype)}
     (temporary / 'meta.json').write_text(json.dumps(meta))
     _publish(temporary, entry)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _write_tokens(files, labelled, eos_id, dtype):
+  """Writes each document's tokens to its split's file; returns what `meta.json` says of them."""
+  documents, largest_id = 0, eos_id
+  for file in files.values():
+    # The first document, too, is predicted from the end of another one.
+    file.write(np.array([eos_id], dtype).tobytes())
+  for name, ids in labelled:
+    documents += 1
+    largest_id = max(largest_id, max(ids))
+    files[name].write(np.array(ids, dtype).tobytes())
+  return {'documents': documents, 'largest_id': largest_id}
+
+
 def _publish(temporary, entry):
   try:
     os.rename(temporary, entry)
   except OSError:
-    # Another process was first, with the same bytes; a directory that is not empty cannot be renamed over.
+    # Another process was first, with the same bytes; a directory that is not empty cannot be
+    # renamed over.
     if not entry.exists():
       raise
 

@@ -1,6 +1,7 @@
 """`load`: from a source's name to sequences of tokens, split and cached."""
 
 import dataclasses
+import pathlib
 
 from memjax.data.cache import token_streams
 from memjax.data.packing import Split
@@ -8,7 +9,7 @@ from memjax.data.sources import open_first
 from memjax.data.tokenizers import Tokenizer, open_tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
   """Sequences to train and to validate on, and where they came from.
 
@@ -17,7 +18,8 @@ class Dataset:
     validation: Every token, the last sequence padded with weight 0.
     tokenizer: Has `encode(str)`, `decode(list of int)`, `vocab_size`, `eos_id`.
     source: The scheme string that was used.
-    missing: A sentence for each earlier source that was not available: what was missing and how to get it.
+    missing: A sentence for each earlier source that was not available: what was missing and how to
+      get it.
   """
 
   train: Split
@@ -40,28 +42,32 @@ def load(
 ):
   """Loads the first available source as training and validation sequences.
 
-  The first load reads the text twice with 'bpe' (to train it, to encode it) and once otherwise; later loads map the
-  cached tokens. Nothing is downloaded. Documents are joined with the end-of-document token and cut in sequences; a
-  sequence may hold parts of several documents.
+  The first load reads the text twice with 'bpe' (to train it, to encode it) and once otherwise;
+  later loads map the cached tokens. Nothing is downloaded. Documents are joined with the
+  end-of-document token and cut in sequences; a sequence may hold parts of several documents.
 
   Args:
-    sources: Scheme strings, tried in order: 'stdlib', 'text:GLOB', 'jsonl:GLOB:FIELD', 'tfds:NAME[@DATA_DIR]'; see
-      `memjax.data.sources.open_first`.
-    tokenizer: 'bpe' (trained on the source to `vocab_size` pieces), 'bytes', the path of a `tokenizer.json`, or the path
-      of a SentencePiece `.model`.
+    sources: Scheme strings, tried in order: 'stdlib', 'text:GLOB', 'jsonl:GLOB:FIELD',
+      'tfds:NAME[@DATA_DIR]'; see `memjax.data.sources.open_first`.
+    tokenizer: 'bpe' (trained on the source to `vocab_size` pieces), 'bytes', the path of a
+      `tokenizer.json`, or the path of a SentencePiece `.model`.
     seq_len: Tokens a sequence.
     vocab_size: Rows of the model's embedding; every token id is below it.
-    cache_dir: Directory for tokens (2 bytes each, 4 beyond 65,536 pieces) and trained tokenizers. Processes may share it.
-    seed: Seed of the train/validation split. The order of training examples has its own, in `Split.rows`.
-    validation_fraction: Fraction of documents to validate on, between 0 and 1. Copies of a text are on one side.
+    cache_dir: Directory for tokens (2 bytes each, 4 beyond 65,536 pieces) and trained tokenizers.
+      Processes may share it.
+    seed: Seed of the train/validation split. The order of training examples has its own, in
+      `Split.rows`.
+    validation_fraction: Fraction of documents to validate on, between 0 and 1. Copies of a text are
+      on one side.
     max_tokens: Tokens to take from the front of the source, both splits together; None for all.
 
   Returns:
     A `Dataset`.
 
   Raises:
-    ValueError: for an unknown scheme or tokenizer; when no source is available, listing how to get each; when a file
-      cannot be read as text; when token ids do not fit in `vocab_size`; when a split is shorter than one sequence.
+    ValueError: for an unknown scheme or tokenizer; when no source is available, listing how to get
+      each; when a file cannot be read as text; when token ids do not fit in `vocab_size`; when a
+      split is shorter than one sequence.
   """
   if seq_len < 1:
     raise ValueError(f'seq_len={seq_len}; need at least 1')
@@ -71,6 +77,7 @@ def load(
     raise ValueError(f'max_tokens={max_tokens}; need at least 1, or None for all')
   schemes = [sources] if isinstance(sources, str) else list(sources)
   source, missing = open_first(schemes)
+  cache_dir = pathlib.Path(cache_dir).expanduser()
   opened = open_tokenizer(tokenizer, source, vocab_size=vocab_size, cache_dir=cache_dir)
   streams = token_streams(
     source,
@@ -84,8 +91,8 @@ def load(
   for name, stream in streams.items():
     if len(stream) <= seq_len:
       raise ValueError(
-        f'{source.scheme}: the {name} split has {len(stream) - 1} tokens, less than one sequence of {seq_len}; '
-        'use more text, a shorter seq_len, or another validation_fraction'
+        f'{source.scheme}: the {name} split has {len(stream) - 1} tokens, less than one sequence '
+        f'of {seq_len}; use more text, a shorter seq_len, or another validation_fraction'
       )
   return Dataset(
     train=Split(streams['train'], seq_len, keep_partial=False),

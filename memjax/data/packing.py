@@ -1,7 +1,7 @@
 """Sequences cut from one stream of tokens.
 
-Shapes in this file: `T` is `seq_len`, `B` the rows asked for, `N` the tokens of the stream that can be predicted. The
-stream holds `N + 1` tokens: an end-of-document token, then each document with one after it.
+Shapes in this file: `T` is `seq_len`, `B` the rows asked for, `N` the tokens that can be predicted.
+A stream holds `N + 1` tokens: an end-of-document token, then each document with one after it.
 """
 
 import dataclasses
@@ -11,13 +11,15 @@ import numpy as np
 from memjax.data import order
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-  """One side of the train/validation split, as sequences of `T` tokens and the `T` that follow each of them.
+  """One side of the train/validation split, as sequences of tokens and of the tokens after them.
 
-  Sequence `i` reads `stream[i * T : i * T + T + 1]`, so consecutive sequences share one token and every token after the
-  first is a target once. A batch is a dict of numpy arrays: 'tokens' i32[B, T], 'targets' i32[B, T], and 'weights'
-  f32[B, T], 0 where there is nothing to predict. Nothing but the rows asked for is read into memory.
+  Sequence `i` reads `stream[i * T : i * T + T + 1]`, so neighbours share one token, and every token
+  after the first is a target once. Nothing but the rows asked for is read into memory.
+
+  A batch is a dict of numpy arrays: 'tokens' i32[B, T], 'targets' i32[B, T], and 'weights'
+  f32[B, T], which are 0 where there is nothing to predict.
 
   Attributes:
     stream: uint16[N + 1] or uint32[N + 1], usually memory-mapped.
@@ -48,8 +50,9 @@ class Split:
   def rows(self, step, batch_size, start, stop, seed):
     """Returns rows `start:stop` of the global training batch of `step`.
 
-    A pure function of its arguments: processes that ask for adjacent rows hold the same global batch however many they
-    are, and a resumed run needs no iterator state. Every epoch is a new permutation; a batch may cross into the next one.
+    A pure function of its arguments: processes that ask for adjacent rows hold the same global
+    batch however many they are, and a resumed run needs no iterator state. Every epoch is a new
+    permutation; a batch may cross into the next one.
 
     Args:
       step: Updates finished before this batch, from 0.
@@ -63,13 +66,14 @@ class Split:
     return self._gather([order.shuffled(p, len(self), seed) for p in positions])
 
   def eval_batches(self, batch_size):
-    """Number of batches of `batch_size` sequences that cover the split once; the last may be padded."""
+    """Number of batches that cover the split once; the last may be padded."""
     return -(-len(self) // batch_size)
 
   def eval_rows(self, index, batch_size, start, stop):
     """Returns rows `start:stop` of evaluation batch `index`, in file order.
 
-    Rows past the end have weight 0, so that all batches have one shape and every token counts exactly once.
+    Rows past the end have weight 0, so that all batches have one shape and every token counts
+    exactly once.
     """
     _check_rows(index, batch_size, start, stop)
     if index >= self.eval_batches(batch_size):

@@ -1,6 +1,7 @@
-"""Where text comes from: a scheme string such as 'stdlib' or 'jsonl:/data/*.jsonl:text' becomes a stream of documents.
+"""Where text comes from: a string such as 'stdlib' or 'text:/data/*.txt' becomes documents.
 
-Nothing here downloads. A source that is not on this machine raises `Missing`, whose message says how to get it.
+Nothing here downloads. A source that is not on this machine raises `Missing`, whose message says
+how to get it.
 """
 
 import difflib
@@ -37,19 +38,21 @@ def open_first(schemes):
 
   Args:
     schemes: Scheme strings, tried in order:
-      'stdlib': the Python files that come with the interpreter, without tests and generated tables; a document is some
-        4,000 characters or more of one, up to a top-level `def` or `class`. Some 2.5 million tokens with 8,192 pieces,
-        on every machine; they differ between Python versions.
-      'text:GLOB': UTF-8 files, a document a file, in sorted order ('**' matches any depth).
-      'jsonl:GLOB:FIELD': a document a line, the string `FIELD` of its JSON object; '.gz' files are decompressed.
-      'tfds:NAME' or 'tfds:NAME@DATA_DIR': feature 'text' of the 'train' split of a TensorFlow dataset that was prepared
-        with `file_format='array_record'`. Needs `tensorflow-datasets`, but not TensorFlow.
+      'stdlib': the Python files that come with the interpreter, without tests and generated
+        tables; a document is 4,000 characters or more of one, up to a top-level `def` or `class`.
+        Some 2.5 million tokens of a vocabulary of 8,192, on every machine; Python versions differ.
+      'text:GLOB': UTF-8 files, a document a file, in sorted order; '**' matches any depth.
+      'jsonl:GLOB:FIELD': a document a line, the string `FIELD` of its JSON object; files that end
+        in '.gz' are decompressed.
+      'tfds:NAME[@DATA_DIR]': feature 'text' of the 'train' split of a TensorFlow dataset that was
+        prepared with `file_format='array_record'`. Needs `tensorflow-datasets`, not TensorFlow.
 
   Returns:
     (source, missing): the source, and a sentence for each earlier one that was not available.
 
   Raises:
-    ValueError: for an unknown scheme, naming the nearest known one; when no source is available, listing what to do.
+    ValueError: for an unknown scheme, naming the nearest known one; when no source is available,
+      listing what to do.
   """
   if not schemes:
     raise ValueError("no data source was given; 'stdlib' is on every machine")
@@ -83,11 +86,11 @@ def _check_scheme(scheme):
 
 
 def _stdlib(_):
-  root = pathlib.Path(sysconfig.get_path('stdlib'))
-  paths = sorted(p for p in root.rglob('*.py') if _is_library_code(p.relative_to(root)))
+  root = sysconfig.get_path('stdlib')
+  paths = sorted(_library_files(root))
   if not paths:
     raise Missing(
-      f'no Python files under {root}; use an interpreter with an unzipped standard library'
+      f'no .py files under {root}; use an interpreter whose library is not in an archive'
     )
 
   def documents():
@@ -98,17 +101,23 @@ def _stdlib(_):
   return documents, _stat_identity(paths)
 
 
-def _is_library_code(path):
-  """Leaves out tests, installed packages, and files that a program wrote (character tables, build settings)."""
-  left_out = {'site-packages', 'dist-packages', '__pycache__', 'encodings', 'pydoc_data'}
-  return not any(
-    part in left_out or part.startswith(('test', 'idle_test', '_sysconfigdata'))
-    for part in path.parts
-  )
+def _library_files(root):
+  """Leaves out tests, installed packages, and what a program wrote: tables and build settings."""
+  left_out = {'site-packages', 'dist-packages', 'encodings', 'pydoc_data'}
+  for directory, subdirectories, names in os.walk(root):
+    subdirectories[:] = [
+      d for d in subdirectories if d not in left_out and not d.startswith(('test', 'idle_test'))
+    ]
+    for name in names:
+      if name.endswith('.py') and not name.startswith('_sysconfigdata'):
+        yield os.path.join(directory, name)
 
 
 def _pieces(lines):
-  """Cuts a file before top-level definitions: with whole files, a few large ones would decide the validation loss."""
+  """Cuts a file before top-level definitions.
+
+  With whole files, a dozen of them, some large, would decide the validation loss.
+  """
   piece, chars = [], 0
   for line in lines:
     if chars >= PIECE_CHARS and line.startswith(('def ', 'class ', 'async def ', '@')):
@@ -163,7 +172,8 @@ def _read_jsonl(path, field):
         raise ValueError(
           f'{path}, line {number}: field {field!r} is {type(document).__name__}, not a string'
         )
-      yield document
+      # JSON can spell half of a surrogate pair, which is no text to any tokenizer.
+      yield document.encode(errors='replace').decode()
 
 
 def _match(pattern):
@@ -193,7 +203,7 @@ def _tfds(rest):
     f"prepare it once with tfds.builder({name!r}, data_dir={root!r}, file_format='array_record')"
     '.download_and_prepare()'
   )
-  # Files first: `tfds.builder(name)` would ask the network about a dataset that is not on this disk.
+  # Not `tfds.builder(name)`, which asks the network about a dataset that is not on this disk.
   directory = _prepared_directory(epath.Path(root).expanduser(), name)
   if directory is None:
     raise Missing(f'not prepared in {root}; {how}')
@@ -201,10 +211,9 @@ def _tfds(rest):
     examples = tfds.builder_from_directory(directory).as_data_source('train')
   except NotImplementedError as error:
     raise Missing(f'{directory} was not prepared for random access; {how}') from error
-  if 'text' not in examples.dataset_info.features:
-    raise ValueError(
-      f"data source tfds:{name} has no feature 'text', only {sorted(examples.dataset_info.features)}"
-    )
+  features = examples.dataset_info.features
+  if 'text' not in features:
+    raise ValueError(f"data source tfds:{name} has no feature 'text', only {sorted(features)}")
   info = (directory / 'dataset_info.json').read_text()
   identity = hashlib.sha256(f'{directory} {info}'.encode()).hexdigest()
   return lambda: (example['text'].decode() for example in examples), identity

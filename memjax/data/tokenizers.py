@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a BPE trained on the corpus, or a published tokenizer's file."""
+"""Text to token ids and back: bytes, a BPE trained on the corpus, or a published tokenizer."""
 
 import contextlib
 import difflib
@@ -18,7 +18,7 @@ SAMPLE_CHARS = (
 
 
 class Tokenizer(NamedTuple):
-  """What the rest of memjax asks of a tokenizer. Text never becomes a control token, whatever it spells."""
+  """What the rest of memjax asks of a tokenizer; text never becomes the end of a document."""
 
   encode: Callable[[str], list[int]]
   encode_batch: Callable[[list[str]], list[list[int]]]  # Uses all cores where the library can.
@@ -33,19 +33,20 @@ def open_tokenizer(name, source, *, vocab_size, cache_dir):
   """Opens or trains a tokenizer.
 
   Args:
-    name: 'bytes'; 'bpe', which is trained on `source` to `vocab_size` pieces and kept in `cache_dir`; the path of a
-      `tokenizer.json`; or the path of a SentencePiece `.model`.
+    name: 'bytes'; 'bpe', which is trained on `source` to `vocab_size` pieces and kept in
+      `cache_dir`; the path of a `tokenizer.json`; or the path of a SentencePiece `.model`.
     source: Corpus, a `sources.Source`; read for 'bpe' only.
     vocab_size: Rows of the model's embedding.
-    cache_dir: Directory for trained tokenizers.
+    cache_dir: Directory for trained tokenizers, a pathlib.Path.
 
   Raises:
-    ValueError: for an unknown name or a file that is not there; when ids would not fit in the model's embedding.
+    ValueError: for an unknown name or a file that is not there; when ids would not fit in the
+      model's embedding.
   """
   if name == 'bytes':
     tokenizer = _bytes()
   elif name == 'bpe':
-    tokenizer = _bpe(source, vocab_size, pathlib.Path(cache_dir))
+    tokenizer = _bpe(source, vocab_size, cache_dir)
   else:
     path = pathlib.Path(name).expanduser()
     if path.suffix not in OPENERS:
@@ -66,19 +67,21 @@ def open_tokenizer(name, source, *, vocab_size, cache_dir):
 def check_vocab(largest_id, vocab_size, who):
   """Raises ValueError if `largest_id` has no row in an embedding of `vocab_size` rows.
 
-  XLA clamps an index out of range, so without this check a model would train on wrong tokens and say nothing.
+  XLA clamps an index out of range, so without this check a model would train on wrong tokens and
+  say nothing.
   """
   if largest_id >= vocab_size:
     raise ValueError(
-      f'a vocabulary smaller than the data: {who} has token ids up to {largest_id}, the model has vocab_size='
-      f"{vocab_size}; set vocab_size to at least {largest_id + 1}, or train a tokenizer that fits with 'bpe'"
+      f'a vocabulary smaller than the data: {who} has token ids up to {largest_id}, the model has '
+      f'vocab_size={vocab_size}; set vocab_size to at least {largest_id + 1}, or train a tokenizer '
+      "that fits with 'bpe'"
     )
 
 
 def _bytes():
   return Tokenizer(
-    encode=lambda text: list(text.encode('utf-8', errors='replace')),
-    encode_batch=lambda texts: [list(text.encode('utf-8', errors='replace')) for text in texts],
+    encode=lambda text: list(text.encode()),
+    encode_batch=lambda texts: [list(text.encode()) for text in texts],
     decode=lambda ids: bytes(i for i in ids if i < 256).decode('utf-8', errors='replace'),
     vocab_size=257,
     largest_id=256,
@@ -97,9 +100,12 @@ def _bpe(source, vocab_size, cache_dir):
 
 
 def train_bpe(documents, vocab_size):
-  """Trains a byte-level BPE of at most `vocab_size` pieces on the first 64 M characters; returns tokenizer.json's text.
+  """Trains a byte-level BPE of at most `vocab_size` pieces on the first 64 M characters.
 
   The same documents give the same vocabulary, on any number of cores.
+
+  Returns:
+    The text of a `tokenizer.json`.
   """
   import tokenizers
 
@@ -161,15 +167,16 @@ def _tokenizer_json(path):
     encode_batch=encode_batch,
     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     vocab_size=max(ids) + 1,
-    # T5's file has 100 special ids past its 32,000 pieces; a model needs no rows for what no text becomes.
+    # T5's file has 100 special ids past its 32,000 pieces; a model needs no rows for what no text
+    # becomes.
     largest_id=max((ids - special) | {eos_id}),
     eos_id=eos_id,
-    identity=hashlib.sha256(text.encode()).hexdigest(),
+    identity=f'{eos_id} {hashlib.sha256(text.encode()).hexdigest()}',
   )
 
 
 def _end_of_text_id(tokenizer, path):
-  """The token that Hugging Face's `tokenizer_config.json` beside the file names, else the first usual one."""
+  """The token that a `tokenizer_config.json` beside the file names, else the first usual one."""
   names = END_TOKENS
   config = path.with_name('tokenizer_config.json')
   if config.exists():
