@@ -211,11 +211,14 @@ class Llama:
     # crc32 and not hash(): Python salts the latter in every process.
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     # Drawn in f32: 16-bit normals are made from 16 random bits and have no tails.
-    draw = lambda key, shape: (self.init_std * jax.random.normal(key, shape)).astype(leaf.dtype)
+    draw = lambda key, shape: (self.init_std * jax.random.normal(key, shape, jnp.float32)).astype(
+      leaf.dtype
+    )
     if not path.startswith('blocks/'):
       return draw(key, leaf.shape)
+    # Layer after layer and not in one draw, whose 32-bit temporaries are several times the leaf.
     draw_layer = lambda layer: draw(jax.random.fold_in(key, layer), leaf.shape[1:])
-    return jax.vmap(draw_layer)(jnp.arange(self.layers))
+    return jax.lax.map(draw_layer, jnp.arange(self.layers))
 
   # The three pieces.
 
