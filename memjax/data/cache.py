@@ -1,8 +1,8 @@
 """Documents become two files of tokens, once; later loads map them into memory.
 
 A cache entry is a directory `tokens-<key>` with `train.bin` and `validation.bin` (little-endian
-uint16 or uint32) and `meta.json`. It appears by a rename, so it is whole or absent: after a kill,
-and when several processes write it at once.
+uint16 or uint32) and `meta.json`. It appears by a rename, so it is whole or absent: after a kill
+(which may leave a hidden temporary directory), and when several processes write it at once.
 """
 
 import contextlib
@@ -17,10 +17,9 @@ import numpy as np
 
 from memjax.data import tokenizers
 
-CHUNK_CHARS = (
-  2**20
-)  # Text encoded at a time: enough to keep all cores busy, little to hold in memory.
+FORMAT = 1  # Raise it when entries are written differently, so that old ones are not read.
 SPLITS = ('train', 'validation')
+CHUNK_CHARS = 2**20  # Text encoded at a time: keeps all cores busy, takes little memory.
 
 
 def token_streams(
@@ -45,11 +44,9 @@ def token_streams(
   Raises:
     ValueError: when the source has no text; when a token does not fit in the model's embedding.
   """
-  parts = [source.identity, tokenizer.identity, seed, validation_fraction, max_tokens]
-  key = hashlib.sha256(json.dumps([1, *parts]).encode()).hexdigest()[
-    :16
-  ]  # 1: version of this format.
-  entry = cache_dir / f'tokens-{key}'
+  decides = [FORMAT, source.identity, tokenizer.identity, seed, validation_fraction, max_tokens]
+  key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+  entry = cache_dir / f'tokens-{key[:16]}'
   if not entry.exists():
     _write_entry(
       entry,

@@ -44,7 +44,8 @@ def load(
 
   The first load reads the text twice with 'bpe' (to train it, to encode it) and once otherwise;
   later loads map the cached tokens. Nothing is downloaded. Documents are joined with the
-  end-of-document token and cut in sequences; a sequence may hold parts of several documents.
+  end-of-document token and cut in sequences; a sequence may hold parts of several
+  documents. Documents of white space alone are passed over.
 
   Args:
     sources: Scheme strings, tried in order: 'stdlib', 'text:GLOB', 'jsonl:GLOB:FIELD',

@@ -27,9 +27,7 @@ class Source(NamedTuple):
   """A stream of documents that can be read again."""
 
   scheme: str  # The string it was opened from.
-  documents: Callable[
-    [], Iterator[str]
-  ]  # Yields documents in a fixed order, one in memory at a time.
+  documents: Callable[[], Iterator[str]]  # In a fixed order, one in memory at a time.
   identity: str  # Changes when the text may have changed; cheap to compute.
 
 
@@ -79,10 +77,8 @@ def _check_scheme(scheme):
       f'Known: {", ".join(OPENERS)}'
     )
   if (kind == 'stdlib') != (not rest):
-    example = {'text': 'GLOB', 'jsonl': 'GLOB:FIELD', 'tfds': 'NAME'}.get(kind)
-    raise ValueError(
-      f'data source {scheme!r}: write {kind if example is None else f"{kind}:{example}"!r}'
-    )
+    form = {'text': 'text:GLOB', 'jsonl': 'jsonl:GLOB:FIELD', 'tfds': 'tfds:NAME'}.get(kind, kind)
+    raise ValueError(f'data source {scheme!r}: write {form!r}')
 
 
 def _stdlib(_):

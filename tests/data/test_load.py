@@ -117,9 +117,25 @@ def test_a_load_that_fails_midway_leaves_nothing(files, load, tmp_path):
   assert list((tmp_path / 'cache').iterdir()) == []
 
 
-def test_max_tokens_takes_the_front_and_stops_reading(files, load, tmp_path):
+def test_a_kill_before_the_end_leaves_no_entry(files, load, tmp_path):
   scheme = files(WORDS)
-  (tmp_path / 'z.jsonl').write_text('bad')
+  code = f"""
+import os
+from memjax import data
+from memjax.data import cache
+cache._publish = lambda *_: os._exit(9)  # As a SIGKILL would: no clean-up runs.
+data.load({scheme!r}, 'bytes', 4, vocab_size=300, cache_dir='{tmp_path}/cache',
+          validation_fraction=0.3)
+"""
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 9
+  assert [p.name.startswith('.tokens-') for p in (tmp_path / 'cache').iterdir()] == [True]
+  assert load(scheme, seq_len=1).train.num_tokens > 0
+
+
+def test_max_tokens_takes_the_front_and_stops_reading(files, load, tmp_path):
+  path = tmp_path / 'corpus.jsonl'
+  scheme = files(WORDS * 10_000)  # More than one chunk is encoded at a time.
+  path.write_text(path.read_text() + 'bad')
   dataset = load(scheme, seq_len=1, max_tokens=500)
   assert dataset.train.num_tokens + dataset.validation.num_tokens == 500
 
