@@ -53,12 +53,9 @@ def chunked_cross_entropy(
   def chunk_sum(x, targets, weights):
     return jnp.sum(weights * cross_entropy(project(x), targets))
 
-  def body(total, inputs):
-    return total + chunk_sum(*inputs), None
-
   weights = weights.astype(jnp.float32)
-  total, _ = jax.lax.scan(body, jnp.float32(0), (cut(x), cut(targets), cut(weights)))
-  return total, jnp.sum(weights)
+  sums = jax.lax.map(lambda part: chunk_sum(*part), (cut(x), cut(targets), cut(weights)))
+  return jnp.sum(sums), jnp.sum(weights)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -21,17 +21,18 @@ Any leaf may be a `memjax.weights.Weight` instead of an array.
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 
 from memjax.models.attention import IMPLEMENTATIONS, Attention
 from memjax.models.cross_entropy import chunked_cross_entropy
 from memjax.models.layers import Embed, GatedMLP, Linear, RMSNorm
+from memjax.models.layout import spread_lookup, sum_over_batch
 from memjax.models.module import bind, shapes
 from memjax.models.remat import check_policy, rematerialise
 from memjax.models.rotary import RopeScaling
@@ -144,7 +145,7 @@ class Llama:
   remat: str = 'full'
   attention: str = 'auto'
   loss_chunk: int = 1024
-  activations: jax.sharding.Sharding | None = None
+  activations: Sharding | None = None
 
   SHARDING: ClassVar = SHARDING
 
@@ -225,7 +226,7 @@ class Llama:
   def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
     """Embeds tokens `i32[B, T]` as hidden states `[B, T, D]`; reads `params['embed']` only."""
     embed = bind(Embed(self.vocab, self.hidden, self.param_dtype), params['embed'])
-    return self._constrain(embed(tokens).astype(self.dtype))
+    return spread_lookup(embed(tokens).astype(self.dtype), self.activations)
 
   def block(
     self,
@@ -266,11 +267,14 @@ class Llama:
       `(sum f32[], count f32[])`; the loss is their quotient, taken once, after summing over
       everything.
     """
-    batch = x.shape[0]
-    if self.activations is not None:
-      batch = self.activations.shard_shape(x.shape)[0]
-    chunk = max(1, self.loss_chunk // batch)
-    return chunked_cross_entropy(self._head(params), x, targets, weights, chunk)
+
+    def token_losses(head, x, targets, weights):
+      chunk = max(1, self.loss_chunk // x.shape[0])
+      return chunked_cross_entropy(bind(Head(self), head), x, targets, weights, chunk)
+
+    return sum_over_batch(token_losses, self.activations)(
+      self._head_params(params), x, targets, weights
+    )
 
   # Their compositions.
 
@@ -310,7 +314,7 @@ class Llama:
 
   def head_logits(self, params: Params, x: jax.Array) -> jax.Array:
     """Returns logits `f32[B, T, V]` of hidden states `[B, T, D]`."""
-    return self._head(params)(x).astype(jnp.float32)
+    return bind(Head(self), self._head_params(params))(x).astype(jnp.float32)
 
   def logits(
     self, params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None
@@ -328,9 +332,8 @@ class Llama:
     """
     return self.head_logits(params, self.hidden_states(params, tokens, attention_mask))
 
-  def _head(self, params: Params) -> Callable[[jax.Array], jax.Array]:
-    keys = ('final_norm', 'embed' if self.tied else 'head')
-    return bind(Head(self), {key: params[key] for key in keys if key in params})
+  def _head_params(self, params: Params) -> Params:
+    return {key: params[key] for key in ('final_norm', 'embed' if self.tied else 'head')}
 
   def _constrain(self, x: jax.Array) -> jax.Array:
     return x if self.activations is None else jax.lax.with_sharding_constraint(x, self.activations)
