@@ -335,7 +335,8 @@ def _attempt(read, *args):
   except (jax.errors.JaxRuntimeError, MemoryError):
     raise  # The device's trouble, such as too little memory, says nothing about the files.
   except Exception as error:  # orbax and tensorstore raise many types for missing and torn files.
-    reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'
+    first_line = str(error).split(' [tensorstore_spec')[0].partition('\n')[0]
+    reason = f'{type(error).__name__}: {first_line}'
   if not _all_processes(reason is None):
     return None, reason or 'another process could not read it'
   return result, None
