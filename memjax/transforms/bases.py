@@ -1,0 +1,149 @@
+"""Orthonormal bases for the leading singular vectors of one matrix.
+
+Shapes in this file: a gradient is `[m, n]`, a basis of its column space `[m, r]`, `r <= min(m, n)`.
+A basis of the row space comes from the same functions on the transposed gradient.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Bases are compared with their own successors over thousands of steps: a TPU's default of one
+# bf16 pass would leave them orthonormal to two digits only.
+PRECISION = lax.Precision.HIGHEST
+
+
+class Basis(NamedTuple):
+  """How `project` finds its subspaces.
+
+  A tuple and not a bare function, so that `optax.inject_hyperparams` does not take it for a
+  schedule.
+  """
+
+  # (gradient [m, n], previous [m, r], key) -> basis [m, r], orthonormal columns. `previous` is the
+  # identity's first r columns as long as the matrix has had no basis of its own.
+  refresh: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def subspace_iteration(iterations: int = 1, cold_iterations: int = 4) -> Basis:
+  r"""Follows the leading singular vectors, starting from the previous basis.
+
+  One iteration is :math:`Z = \mathrm{orth}(G^T P)`, :math:`P \leftarrow \mathrm{orth}(G Z)`: four
+  products and factorisations of `[r, r]`. Nothing larger is factorised, so `G` and `P` keep
+  whatever sharding they have; what is communicated is `r (m + n)` numbers for the products and
+  `r * r` for each Gram matrix, never `m n`. Gradients of successive refreshes share most of their
+  leading subspace, which is why one iteration from the previous basis is enough; the first basis
+  starts from Gaussian noise and takes `cold_iterations`.
+
+  Args:
+    iterations: Iterations at each refresh.
+    cold_iterations: Iterations at a matrix's first refresh.
+
+  Returns:
+    A `Basis`. A gradient of zeros keeps the previous basis.
+
+  Raises:
+    ValueError: if either count is less than 1.
+  """
+  if iterations < 1 or cold_iterations < 1:
+    raise ValueError(
+      f'subspace_iteration needs at least one iteration at every refresh, got '
+      f'iterations={iterations}, cold_iterations={cold_iterations}'
+    )
+
+  def refresh(gradient, previous, key):
+    (_, n), rank = gradient.shape, previous.shape[1]
+    noise = jax.random.normal(key, (n, rank), previous.dtype)
+    cold = jnp.array_equal(previous, jnp.eye(*previous.shape, dtype=previous.dtype))
+
+    def iterate(step, basis):
+      right = jnp.where(cold & (step == 0), noise, _dot(gradient.T, basis))
+      right = orthonormalise(right, fill=noise)
+      # Where the gradient has fewer than r independent directions, the old ones stay: in exact
+      # arithmetic basis^T (gradient right) is triangular with a diagonal >= 0.
+      return orthonormalise(_dot(gradient, right), fill=basis)
+
+    basis = lax.fori_loop(0, jnp.where(cold, cold_iterations, iterations), iterate, previous)
+    return jnp.where(jnp.any(gradient != 0), basis, previous)
+
+  return Basis(refresh)
+
+
+def svd() -> Basis:
+  """Takes the leading left singular vectors exactly, as published.
+
+  Costs `O(m n min(m, n))` at low arithmetic intensity, and every device gathers the whole matrix:
+  meant for small models and as the reference for `subspace_iteration`. The largest entry of each
+  vector is made positive, since the sign that a LAPACK returns is arbitrary and stale moments would
+  meet a flipped basis.
+  """
+
+  def refresh(gradient, previous, key):
+    del key
+    left, _, _ = jnp.linalg.svd(gradient, full_matrices=False)
+    basis = fix_signs(left[:, : previous.shape[1]])
+    return jnp.where(jnp.any(gradient != 0), basis, previous)
+
+  return Basis(refresh)
+
+
+def fix_signs(basis):
+  """Makes the entry of largest magnitude in each column `[m, r]` positive."""
+  largest = jnp.argmax(jnp.abs(basis), axis=0, keepdims=True)
+  return basis * jnp.sign(jnp.take_along_axis(basis, largest, axis=0))
+
+
+def orthonormalise(tall, fill, passes: int = 3):
+  """Gives `tall` `[m, r]` orthonormal columns with the same leading spans, by Cholesky-QR.
+
+  Only the Gram matrix `[r, r]` is factorised. `fill` `[m, r]` supplies directions that `tall` has
+  not got; it enters at 1e-6, just above the rounding errors of an f32 product. A pass raises a
+  small singular value about a hundredfold and leaves the large ones at 1, so that three passes
+  suffice. Their number is fixed and not "until converged": a loop with collectives inside must run
+  equally often on every device of a mesh.
+  """
+  tall = _unit_scale(tall) + 1e-6 * fill
+  for _ in range(passes):
+    tall = _shifted_cholesky_qr(tall)
+  # One Newton-Schulz step squares the error that the shift left.
+  identity = jnp.eye(tall.shape[1], dtype=tall.dtype)
+  return _dot(tall, 1.5 * identity - 0.5 * _dot(tall.T, tall))
+
+
+def _shifted_cholesky_qr(tall):
+  """Multiplies `tall` by the inverse of its Gram matrix's Cholesky factor."""
+  gram = _dot(tall.T, tall)
+  # Columns of unit length: for columns near singular vectors that alone makes the Gram matrix well
+  # conditioned. A column of zeros stays one.
+  norms = jnp.diagonal(gram)
+  scales = jnp.where(norms > 0, lax.rsqrt(jnp.where(norms > 0, norms, 1)), 0)
+  gram = gram * scales[:, None] * scales[None, :]
+  identity = jnp.eye(*gram.shape, dtype=gram.dtype)
+
+  # The shift must exceed the Gram matrix's rounding errors, which add up for nearly equal columns.
+  def failed(carry):
+    shift, lower = carry
+    return jnp.isnan(lower[-1, -1]) & (shift < 1)
+
+  def factorise(carry):
+    shift = 8 * carry[0]
+    return shift, jnp.linalg.cholesky(gram + shift * identity)
+
+  shift = jnp.asarray(0.5 * gram.shape[0] * jnp.finfo(gram.dtype).eps, gram.dtype)
+  _, lower = lax.while_loop(failed, factorise, (shift, jnp.full_like(gram, jnp.nan)))
+  inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True).T
+  # Multiplying by the inverse, instead of a solve with `tall`, leaves `tall` as it is sharded.
+  return _dot(tall, scales[:, None] * inverse)
+
+
+def _unit_scale(x):
+  """Brings the largest magnitude to 1, so that Gram matrices neither overflow nor vanish."""
+  largest = jnp.max(jnp.abs(x))
+  return x / jnp.where(largest > 0, largest, 1)
+
+
+def _dot(x, y):
+  return jnp.matmul(x, y, precision=PRECISION)

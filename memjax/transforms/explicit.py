@@ -1,0 +1,38 @@
+"""Meshes with Explicit axes: shardings as part of an array's type.
+
+The products of a transform have one natural sharding, which the compiler finds on Auto axes. On
+Explicit axes the transform states only what is known: a new update is sharded as the gradient, new
+state as the old, and the arithmetic between them runs on Auto axes.
+"""
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def _is_explicit(x) -> bool:
+  return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def run_in_auto_axes(step, updates, state, extra_args):
+  """Calls `step(updates, state, extra_args) -> (updates, state)`, on Auto axes if need be."""
+  if not any(map(_is_explicit, jax.tree.leaves(updates))):
+    return step(updates, state, extra_args)
+  shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+  return jax.sharding.auto_axes(step, out_sharding=shardings)(updates, state, extra_args)
+
+
+def lay_out_like(x, leaf):
+  """Shards `x` as `leaf` on the axes whose size they share, under Explicit axes only.
+
+  Args:
+    x: Array of `leaf`'s shape `[..., m, n]` but for one or both of the last two sizes.
+    leaf: The parameter.
+  """
+  if not _is_explicit(leaf):
+    return x
+  sharding = jax.typeof(leaf).sharding
+  spec = [
+    axis if size == leaf_size else None
+    for axis, size, leaf_size in zip(sharding.spec, x.shape, leaf.shape)
+  ]
+  return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

@@ -1,0 +1,41 @@
+"""State and arithmetic in f32 for transforms that would follow a 16-bit leaf."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """Runs `inner` on f32 copies of 16-bit gradients and parameters, so that its state is f32.
+
+  Second moments in bfloat16 with b2 = 0.999 never decay: a thousandth is less than half an ulp, for every one of the 128
+  mantissas. Gradients come back in their own dtype. The copies are elementwise and fuse into the transform; the state takes
+  4 bytes a number instead of 2.
+
+  Args:
+    inner: Any transform.
+
+  >>> leaf = jnp.ones((2, 3), jnp.bfloat16)
+  >>> optax.scale_by_adam().init(leaf).nu.dtype, in_float32(optax.scale_by_adam()).init(leaf).nu.dtype
+  (dtype(bfloat16), dtype('float32'))
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    return inner.init(_widen(params))
+
+  def update(updates, state, params=None, **extra_args):
+    wide, state = inner.update(
+      _widen(updates), state, None if params is None else _widen(params), **extra_args
+    )
+    return jax.tree.map(lambda w, u: w.astype(u.dtype), wide, updates), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _widen(tree):
+  def widen(x):
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow else x
+
+  return jax.tree.map(widen, tree)

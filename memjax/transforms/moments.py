@@ -1,0 +1,74 @@
+"""Moments of a projected gradient, expressed in a new basis.
+
+Shapes in this file: a moment is `[..., r, n]`, `[..., m, r]` or `[..., r, r]`, as the projected
+gradient; `turn` is `[r, r]`, the new basis's coordinates of the old one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from memjax.transforms.bases import PRECISION
+
+# Names under which optax's transforms keep their moments, and how those depend on the gradient.
+KINDS = {
+  'mu': 'linear',
+  'trace': 'linear',
+  'ema': 'linear',
+  'nu': 'square',
+  'sum_of_squares': 'square',
+}
+
+
+def rotate(moment, kind: str, turn_left, turn_right):
+  """Rotates one unit's moment `[p, q]`; a turn that is None leaves its axis alone.
+
+  The square of a rotated gradient is not a function of the squares. Its expectation under
+  independent coordinates is: the squared entries of the turn, which keep it nonnegative.
+  """
+  rotated = moment.astype(jnp.promote_types(moment.dtype, jnp.float32))
+  for turn, axis in ((turn_left, 0), (turn_right, 1)):
+    if turn is not None:
+      turn = jnp.square(turn) if kind == 'square' else turn
+      product = (turn, rotated) if axis == 0 else (rotated, turn.T)
+      rotated = jnp.matmul(*product, precision=PRECISION)
+  return rotated.astype(moment.dtype)
+
+
+def of_leaves(inner_state, params, plans) -> list[dict[int, str]]:
+  """Finds every projected leaf's moments in the state of the inner transform.
+
+  State leaves end in their parameter's path, after the name of the field that holds them.
+
+  Returns:
+    For each leaf of `params`, index in `jax.tree.leaves(inner_state)` -> kind.
+  """
+  owners = {
+    path: i
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params))
+    if plans[i].projected
+  }
+  found = [{} for _ in plans]
+  for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
+    for at, entry in enumerate(path):
+      name = getattr(entry, 'name', None)
+      if name in KINDS and path[at + 1 :] in owners:
+        found[owners[path[at + 1 :]]][index] = KINDS[name]
+  return found
+
+
+def check(inner_state, projected, plans) -> None:
+  """Refuses state of a projected leaf's shape whose meaning is not known."""
+  known = {index for found in of_leaves(inner_state, projected, plans) for index in found}
+  leaves = jax.tree_util.tree_leaves_with_path(projected)
+  shapes = {path: leaf.shape for (path, leaf), plan in zip(leaves, plans) if plan.projected}
+  for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
+    belongs = any(
+      path[len(path) - len(owner) :] == owner and leaf.shape == shape
+      for owner, shape in shapes.items()
+    )
+    if belongs and index not in known:
+      raise ValueError(
+        f"moments='rotate' does not know how {jax.tree_util.keystr(path)} of the inner state, shape "
+        f'{leaf.shape}, changes with the basis (it knows the fields {", ".join(KINDS)}); use '
+        "moments='keep'"
+      )
