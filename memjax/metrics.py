@@ -366,6 +366,7 @@ def plot_loss(workdir):
   Returns:
     The picture's path, or `None` if there is no loss to draw.
   """
+  from matplotlib import ticker
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -385,6 +386,14 @@ def plot_loss(workdir):
     axes.plot(*evals, **style, label=f'eval  {evals[1][-1]:.3f}')
   axes.set_xlabel('finished updates')
   axes.set_ylabel('loss (nats a token)')
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  losses = train[1] + evals[1]
+  if max(losses) > 2 * min(losses) > 0:  # Else the first steps take all the room.
+    axes.set_yscale('log')
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
   axes.grid(color='#dddddd', linewidth=0.6)
   axes.set_axisbelow(True)
   axes.spines[['top', 'right']].set_visible(False)
@@ -402,17 +411,16 @@ def _series(rows, name):
 
 
 def _smooth(values):
-  """Running mean with a memory of a thirtieth of the run, unbiased at the start."""
-  decay = 1 - 1 / max(1, len(values) / 30)
-  mean, weight, smooth = 0.0, 0.0, []
-  for value in values:
-    mean = decay * mean + (1 - decay) * value
-    weight = decay * weight + (1 - decay)
-    smooth.append(mean / weight)
+  """Centred mean over a thirtieth of the run; over less near the start, where loss falls fast."""
+  smooth = []
+  for i in range(len(values)):
+    half = min(i // 5, len(values) // 60)
+    window = values[i - half : i + half + 1]
+    smooth.append(sum(window) / len(window))
   return smooth
 
 
 def _title(workdir, rows):
   name = pathlib.Path(workdir).resolve().name
   speeds = sorted(_series(rows, 'train/tokens_per_second')[1])
-  return f'{name}: {_short(speeds[len(speeds) // 2])} tokens a second' if speeds else name
+  return f'{name}: {_short(speeds[len(speeds) // 2])} tokens/s' if speeds else name
