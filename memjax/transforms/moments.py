@@ -68,7 +68,7 @@ def check(inner_state, projected, plans) -> None:
     )
     if belongs and index not in known:
       raise ValueError(
-        f"moments='rotate' does not know how {jax.tree_util.keystr(path)} of the inner state, shape "
-        f'{leaf.shape}, changes with the basis (it knows the fields {", ".join(KINDS)}); use '
-        "moments='keep'"
+        f"moments='rotate' does not know how {jax.tree_util.keystr(path)} of the inner state, "
+        f'shape {leaf.shape}, changes with the basis (it knows the fields {", ".join(KINDS)}); '
+        "use moments='keep'"
       )

@@ -46,8 +46,8 @@ def project(
 
   With a basis `P` of the gradient's column space, `inner` sees :math:`R = P^T G` and its answer
   `U` becomes the update `scale * P U`. The basis follows the gradient: each unit gets a new one
-  every `refresh_every` updates, from the gradient of that very update. Leaves that are not projected
-  go through the same `inner` whole.
+  every `refresh_every` updates, from the gradient of that very update. Leaves that are not
+  projected go through the same `inner` whole.
 
   Under Adam a matrix keeps `r (a + 2 c)` f32 numbers, `a` its shorter and `c` its longer side,
   against `2 a c`; for `side='both'`, `r (m + n + 2 r)`. Arithmetic is f32 whatever the leaf's dtype

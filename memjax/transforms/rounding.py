@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from memjax.transforms.paths import fold_in_path, path_string
@@ -60,7 +61,7 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
   bf16 is the upper half of f32: adding 16 random bits to the lower half carries into the upper with
   just those odds. NaN and the infinities have no neighbours and stay.
   """
-  noise = jax.random.bits(key, x.shape, jnp.uint32) & 0xFFFF
+  noise = jax.random.bits(key, x.shape, jnp.uint32) & np.uint32(0xFFFF)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-  rounded = jax.lax.bitcast_convert_type(bits & 0xFFFF0000, jnp.float32)
+  rounded = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
