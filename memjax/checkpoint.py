@@ -11,6 +11,7 @@ which any mesh adds up to the same bits; so a checkpoint written on eight device
 one.
 """
 
+import contextlib
 import json
 import uuid
 import zlib
@@ -168,20 +169,19 @@ class Checkpoints:
   def _path(self, step):
     return epath.Path(self._manager.directory) / str(step)
 
+  # The manager's own `restore` ends in a barrier, which a process that fails to read never reaches,
+  # and the others wait for. These two read without one; `_attempt` then compares notes.
+
   def _read_record(self, step):
-    args = self._ocp.args
-    record = self._manager.restore(step, args=args.Composite(metadata=args.JsonRestore()))
-    record = record['metadata']
+    record = json.loads((self._path(step) / 'metadata' / 'metadata').read_text())
     if record['crc32'] != _crc32(record['metadata'], record['leaves']):
       raise ValueError('metadata does not match its checksum')
     return record
 
   def _read_leaves(self, step, abstract):
-    args = self._ocp.args
-    restored = self._manager.restore(
-      step, args=args.Composite(state=args.StandardRestore(_nest(abstract)))
-    )
-    found = _by_path(restored['state'])
+    target = self._ocp.args.StandardRestore(_nest(abstract))
+    with contextlib.closing(self._ocp.StandardCheckpointHandler()) as handler:
+      found = _by_path(handler.restore(self._path(step) / 'state', args=target))
     return {path: found[path] for path in abstract}
 
   def _move_aside(self, steps):
@@ -335,6 +335,8 @@ def _attempt(read, *args):
   except (jax.errors.JaxRuntimeError, MemoryError):
     raise  # The device's trouble, such as too little memory, says nothing about the files.
   except Exception as error:  # orbax and tensorstore raise many types for missing and torn files.
+    while error.__cause__:
+      error = error.__cause__  # The file's own trouble is at the bottom.
     first_line = str(error).split(' [tensorstore_spec')[0].partition('\n')[0]
     reason = f'{type(error).__name__}: {first_line}'
   if not _all_processes(reason is None):
