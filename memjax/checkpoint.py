@@ -88,7 +88,7 @@ class Checkpoints:
     The state may be donated as soon as this returns.
 
     Args:
-      state: Pytree of arrays.
+      state: Pytree of `jax.Array`s.
       step: Finished updates.
       metadata: Anything `json.dumps` takes, such as the position in the data; from process 0 where
         there are several.
@@ -98,8 +98,8 @@ class Checkpoints:
       Whether a save was started; `False` also when this step is saved already.
 
     Raises:
-      ValueError: if an earlier save failed in the background (a full disk), or `metadata` is not
-        JSON.
+      ValueError: if `metadata` is not JSON.
+      Exception: whatever stopped an earlier save in the background, such as a full disk.
     """
     if not (force or step % self._every == 0) or step in self.steps():
       return False

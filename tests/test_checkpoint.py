@@ -178,11 +178,19 @@ def test_digest_does_not_gather(mesh):
 # ---- saving and restoring
 
 
-@pytest.mark.parametrize('shape', [(1, 8, 1), (2, 2, 2), (1, 1, 1)])
-def test_restores_bit_for_bit_on_any_mesh(tmp_path, mesh, shape):
+@pytest.mark.parametrize(
+  ('shape', 'axis_type'),
+  [
+    ((1, 8, 1), AxisType.Auto),
+    ((2, 2, 2), AxisType.Auto),
+    ((2, 2, 2), AxisType.Explicit),
+    ((1, 1, 1), AxisType.Auto),
+  ],
+)
+def test_restores_bit_for_bit_on_any_mesh(tmp_path, mesh, shape, axis_type):
   state = make_state(mesh)
   reference = to_host(state)
-  target = abstract(state, make_mesh(shape))
+  target = abstract(state, make_mesh(shape, axis_type))
   with Checkpoints(tmp_path / 'ckpt', every=5) as ckpt:
     assert ckpt.maybe_save(state, 5, {'data': {'epoch': 1, 'position': [3, 4]}})
   with Checkpoints(tmp_path / 'ckpt', every=5) as ckpt:
