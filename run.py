@@ -1,22 +1,25 @@
 """Trains a model from a config file: `python run.py --config=configs/quickstart.py`.
 
-The same command resumes. `:smoke` after the file name runs it in seconds on a CPU, and `--config.field=value` changes a
-field. On a pod, start the same command with `--distributed` on every host.
+The same command resumes. `:smoke` after the file name runs it in seconds on a CPU, and
+`--config.field=value` changes a field. On a pod, start the same command with `--distributed` on
+every host.
 """
 
 import signal
 import sys
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Until training starts there is nothing to save.
+signal.signal(
+  signal.SIGTERM, lambda *_: sys.exit(0)
+)  # Until training starts there is nothing to save.
 
-import pathlib  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 
 import jax  # noqa: E402
-from absl import app, flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from memjax.config import field_names, nearest  # noqa: E402
+from memjax.config import field_names, nearest, run_name  # noqa: E402
 from memjax.train import train  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
@@ -29,10 +32,13 @@ TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where a refused input wa
 
 
 def main(argv):
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Checkpointing tells every step it takes at INFO.
   if len(argv) > 1:
     raise ValueError(f'unknown argument {argv[1]!r}; options begin with --')
   config = CONFIG.value
-  workdir = WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
+  file = config_flags.get_config_filename(flags.FLAGS['config'])
+  workdir = WORKDIR.value or os.path.join('runs', run_name(file))
   if DISTRIBUTED.value or COORDINATOR.value:
     if config.cpu_devices:  # Many processes on a machine without an accelerator.
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
@@ -40,15 +46,10 @@ def main(argv):
   train(config, workdir)
 
 
-def default_workdir(config_file: str) -> str:
-  """Returns runs/<config>, with what follows the colon: `configs/a.py:smoke,rank=8` -> `runs/a-smoke-rank8`."""
-  path, _, argument = config_file.partition(':')
-  name = '-'.join([pathlib.Path(path).stem, *argument.split(',')]) if argument else pathlib.Path(path).stem
-  return str(pathlib.Path('runs') / re.sub(r'[^\w.-]', '', name))
-
-
 def parse_flags(argv):
-  """Parses the command line; a field that does not exist is answered with the nearest one that does."""
+  """Parses the command line; a field that does not exist is answered with the nearest one that
+  does.
+  """
   try:
     remaining = flags.FLAGS(argv)
     if CONFIG.value is None:
@@ -59,7 +60,9 @@ def parse_flags(argv):
     field = re.search(r"'(\w+)'", str(e))
     if field is None:
       raise
-    raise SystemExit(f'run.py: the config has no field {field[1]!r}; {nearest(field[1], field_names())}') from e
+    raise SystemExit(
+      f'run.py: the config has no field {field[1]!r}; {nearest(field[1], field_names())}'
+    ) from e
   except OSError as e:
     raise SystemExit(f'run.py: {e}') from e
 

@@ -5,8 +5,8 @@
 `:smoke` takes seconds on a CPU. Published validation perplexity on C4: 25.08.
 """
 
-import llama_c4
+from memjax import recipes
 
 
 def get_config(arg=''):
-  return llama_c4.adamw('130m', arg)
+  return recipes.adamw_llama('130m', arg)

@@ -5,8 +5,8 @@
 `:smoke` takes seconds on a CPU. Published validation perplexity on C4: 18.80.
 """
 
-import llama_c4
+from memjax import recipes
 
 
 def get_config(arg=''):
-  return llama_c4.adamw('350m', arg)
+  return recipes.adamw_llama('350m', arg)

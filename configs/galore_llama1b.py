@@ -7,8 +7,8 @@
 The paper's headline is rank 512; the official script runs `:rank=1024`.
 """
 
-import llama_c4
+from memjax import recipes
 
 
 def get_config(arg=''):
-  return llama_c4.galore('1b', arg)
+  return recipes.galore_llama('1b', arg)

@@ -2,11 +2,12 @@
 
     python run.py --config=configs/galore_llama7b.py
 
-`:smoke` takes seconds on a CPU. Published validation perplexity on C4: 14.65, full rank 14.61 (both published with 8-bit states; f32 here).
+`:smoke` takes seconds on a CPU. Published validation perplexity on C4: 14.65, full rank 14.61 (both
+published with 8-bit states; f32 here).
 """
 
-import llama_c4
+from memjax import recipes
 
 
 def get_config(arg=''):
-  return llama_c4.galore('7b', arg)
+  return recipes.galore_llama('7b', arg)

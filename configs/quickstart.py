@@ -1,9 +1,11 @@
-"""The first run: a LLaMA of 10.5 M parameters on the Python sources that come with the interpreter, no network needed.
+"""The first run: a LLaMA of 10.5 M parameters on the Python sources that come with the interpreter,
+no network needed.
 
     python run.py --config=configs/quickstart.py
 
-Under 10 minutes on two CPU cores; validation loss from 9.0 to about 4.4 nats a token. `:smoke` takes seconds. Other methods,
-each with the learning rate that did best on a small grid: `:method=adamw`, `:method=adafactor`, `:method=galore_svd`.
+Under 10 minutes on two CPU cores; validation loss from 9.0 to about 4.4 nats a token. `:smoke`
+takes seconds. Other methods, each with the learning rate that did best on a small grid:
+`:method=adamw`, `:method=adafactor`, `:method=galore_svd`.
 """
 
 from memjax.config import default, optimizer, parse_arg
@@ -17,14 +19,14 @@ METHODS = {
 
 
 def get_config(arg=''):
-  arg = parse_arg(arg, smoke=False, method='galore')
+  arg = parse_arg(arg, smoke=False, method='galore', steps=400, seq_len=128)
   if arg.method not in METHODS:
     raise ValueError(f'no method {arg.method!r}; there are {", ".join(METHODS)}')
   c = default()
   c.model = 'llama_tiny' if arg.smoke else 'llama_quickstart'
-  c.steps = 4 if arg.smoke else 400
+  c.steps = 4 if arg.smoke else arg.steps
   c.batch_size = 8
-  c.seq_len = 32 if arg.smoke else 128
+  c.seq_len = 32 if arg.smoke else arg.seq_len
   c.optimizer = optimizer(**METHODS[arg.method])
   if arg.smoke and 'rank' in c.optimizer:
     c.optimizer.rank, c.optimizer.refresh_every = 8, 2

@@ -1,6 +1,7 @@
 """memjax: train and fine-tune language models in a fraction of the usual memory.
 
-Every method is an `optax.GradientTransformation` that works alone, in a chain, in a notebook, on any pytree of arrays:
+Every method is an `optax.GradientTransformation` that works alone, in a chain, in a notebook, on
+any pytree of arrays:
 
 >>> import jax.numpy as jnp, optax, memjax
 >>> params = {'dense': {'kernel': jnp.ones((64, 256))}}
@@ -9,8 +10,8 @@ Every method is an `optax.GradientTransformation` that works alone, in a chain, 
 >>> updates, state = optimizer.update({'dense': {'kernel': jnp.ones((64, 256))}}, state, params)
 >>> params = memjax.apply_updates(params, updates)
 
-The submodules `data`, `models`, `train` and the rest are imported when they are first named, so that `import memjax` loads
-JAX and optax and nothing heavier.
+The submodules `data`, `models`, `train` and the rest are imported when they are first named, so
+that `import memjax` loads JAX and optax and nothing heavier.
 """
 
 import importlib

@@ -23,6 +23,7 @@ class Parts(NamedTuple):
   transform: optax.GradientTransformation
   state: dict  # Training state as shapes, with shardings.
   batch: dict  # One batch as shapes, with shardings.
+  eval_batch: dict  # The same of one micro-batch, which is what validation runs on.
   init: Any  # Jitted: key -> state.
   step: Any  # Jitted: (state, batch) -> (state, metrics); donates the state.
   eval_step: Any  # Jitted: (params, batch) -> (loss sum, count).
@@ -32,7 +33,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   """Puts a run together over a mesh, whose devices need not exist.
 
   Raises:
-    ValueError: for a config that contradicts itself or does not fit the mesh, naming the field or the leaf.
+    ValueError: for a config that contradicts itself or does not fit the mesh, naming the field or
+    the leaf.
   """
   config_lib.validate(config)
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
@@ -46,7 +48,6 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   state = jax.eval_shape(init, jax.random.key(0))
   shardings = _state_shardings(state, model.SHARDING, mesh)
   state = _place(state, shardings)
-  batch = batch_shapes(config.batch_size, config.seq_len, mesh)
   train_step = whole_tree.make_train_step(
     model.loss,
     transform,
@@ -59,7 +60,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     schedule=schedule,
     transform=transform,
     state=state,
-    batch=batch,
+    batch=batch_shapes(config.batch_size, config.seq_len, mesh),
+    eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh),
     init=jax.jit(init, out_shardings=shardings),
     step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
     eval_step=jax.jit(whole_tree.make_eval_step(model.loss)),
@@ -89,7 +91,9 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def build_transform(config: ConfigDict, learning_rate) -> optax.GradientTransformation:
-  """Returns the optimizer of a config; arguments that only other optimizers take are not given to it."""
+  """Returns the optimizer of a config; arguments that only other optimizers take are not given to
+  it.
+  """
   arguments = config.optimizer.to_dict()
   factory = optimizers.OPTIMIZERS[arguments.pop('name')]
   known = inspect.signature(factory).parameters
@@ -98,7 +102,9 @@ def build_transform(config: ConfigDict, learning_rate) -> optax.GradientTransfor
 
 
 def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:
-  """Returns a batch as shapes sharded over the mesh: tokens, targets i32 and weights f32, all [B, T]."""
+  """Returns a batch as shapes sharded over the mesh: tokens, targets i32 and weights f32, all [B,
+  T].
+  """
   where = sharding.batch_sharding(mesh)
   dtypes = {'tokens': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
   return {

@@ -4,6 +4,7 @@ For reproducing published runs; `memjax.transforms` holds the methods as intende
 names every quirk that it reproduces and every one that it leaves out.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -107,11 +108,16 @@ def _scale_by_hf_adam(b1, b2, eps, correct_bias):
     count = optax.safe_increment(state.count)
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-    step = jnp.sqrt(1 - b2**count) / (1 - b1**count) if correct_bias else 1.0
+    step = jnp.sqrt(_bias(b2, count)) / _bias(b1, count) if correct_bias else 1.0
     updates = jax.tree.map(lambda m, v: step * (m / (jnp.sqrt(v) + eps)), mu, nu)
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
   return optax.GradientTransformation(init, update)
+
+
+def _bias(decay, count):
+  """`1 - decay**count`; in f32 the difference itself would keep only five digits for 0.999."""
+  return -jnp.expm1(count * math.log(decay)) if decay > 0 else 1.0
 
 
 class DecayUpdatedState(NamedTuple):

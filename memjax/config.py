@@ -12,19 +12,24 @@ def get_config(arg=''):
   return c
 ```
 
-The tree is locked, so a misspelt field is an error where it is written; `validate` checks what types cannot.
+The tree is locked, so a misspelt field is an error where it is written; `validate` checks what
+types cannot.
 """
 
 import ast
 import difflib
 import inspect
+import pathlib
+import re
+import runpy
 import types
 
 from ml_collections import ConfigDict
 
 from memjax import optimizers, schedules
 
-# What may differ between runs that share a work directory: nothing here changes what a finished step computed.
+# What may differ between runs that share a work directory: nothing here changes what a finished
+# step computed.
 MAY_CHANGE = (
   'steps',
   'log_every',
@@ -38,7 +43,9 @@ MAY_CHANGE = (
 
 
 def default() -> ConfigDict:
-  """Returns a config with every field of a run. Counts are over the whole mesh unless said otherwise."""
+  """Returns a config with every field of a run. Counts are over the whole mesh unless said
+  otherwise.
+  """
   c = ConfigDict()
   c.model = 'llama_quickstart'  # A name in memjax.models.PRESETS.
   c.model_args = ConfigDict(dict(loss_chunk=1024))  # Fields of the model to change.
@@ -54,14 +61,18 @@ def default() -> ConfigDict:
   c.seed = 0  # Of the parameters, the order of the data, and every other draw.
 
   c.data = ConfigDict()
-  c.data.sources = ('stdlib',)  # Tried in this order: stdlib, text:GLOB, jsonl:GLOB:FIELD, tfds:NAME.
+  c.data.sources = (
+    'stdlib',
+  )  # Tried in this order: stdlib, text:GLOB, jsonl:GLOB:FIELD, tfds:NAME.
   c.data.tokenizer = 'bpe'  # bpe, bytes, or the path of a tokenizer.json or a SentencePiece model.
   c.data.cache_dir = ''  # Tokens and trained tokenizers; '' is the user's cache folder.
   c.data.validation_fraction = 0.02  # Of the documents.
   c.data.max_tokens = 0  # Reads at most so many; 0 reads all.
 
   c.optimizer = optimizer('adamw', learning_rate=1e-3)
-  c.schedule = ConfigDict(dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1))  # Of `steps`; of the peak.
+  c.schedule = ConfigDict(
+    dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
+  )  # Of `steps`; of the peak.
   c.clip_norm = 0.0  # Largest global norm of the gradient; 0 does not clip.
 
   c.log_every = 10  # Updates.
@@ -92,6 +103,32 @@ def optimizer(name: str, **arguments) -> ConfigDict:
   return ConfigDict(dict(name=name, **filled))
 
 
+def load(spec: str) -> ConfigDict:
+  """Returns the config of `configs/file.py:arguments`, as `run.py --config=` reads it.
+
+  Runs the file as Python.
+
+  Raises:
+    ValueError: when there is no such file, or the file refuses its arguments.
+  """
+  path, _, arg = spec.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'there is no config file {path!r}')
+  c = runpy.run_path(path)['get_config'](arg)
+  validate(c)
+  return c.lock()
+
+
+def run_name(spec: str) -> str:
+  """Returns a file name for `configs/file.py:arguments`.
+
+  >>> run_name('configs/galore_llama1b.py:smoke,rank=8')
+  'galore_llama1b-smoke-rank8'
+  """
+  path, _, arg = spec.partition(':')
+  return re.sub(r'[^\w.-]', '', '-'.join([pathlib.Path(path).stem, *filter(None, arg.split(','))]))
+
+
 def parse_arg(arg: str, **defaults):
   """Parses what follows the colon in `--config=file.py:smoke,rank=8` into a namespace.
 
@@ -114,7 +151,9 @@ def parse_arg(arg: str, **defaults):
     try:
       values[name] = text if kind is str else kind(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError) as e:
-      raise ValueError(f'argument {name!r} takes a {kind.__name__}, as in {name}=..., not {text!r}') from e
+      raise ValueError(
+        f'argument {name!r} takes a {kind.__name__}, as in {name}=..., not {text!r}'
+      ) from e
   return types.SimpleNamespace(**values)
 
 
@@ -146,7 +185,9 @@ def validate(c: ConfigDict) -> None:
       raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
   for field in ('every', 'keep'):
     if c.checkpoint[field] < 1:
-      raise ValueError(f'config.checkpoint.{field} is {c.checkpoint[field]}; it counts at least one')
+      raise ValueError(
+        f'config.checkpoint.{field} is {c.checkpoint[field]}; it counts at least one'
+      )
   if c.batch_size % c.accumulate:
     raise ValueError(
       f'config.batch_size {c.batch_size} is not a multiple of config.accumulate {c.accumulate}'
@@ -181,7 +222,9 @@ def check_same_run(old: dict, new: dict) -> list[str]:
 
 
 def _check_optimizer(fields: dict) -> None:
-  """Names only; arguments that another optimizer takes are left unread, so that `name` alone can be overridden."""
+  """Names only; arguments that another optimizer takes are left unread, so that `name` alone can be
+  overridden.
+  """
   factory = _look_up('optimizer', fields.get('name'), optimizers.OPTIMIZERS)
   known = set(inspect.signature(factory).parameters)
   foreign = {a for f in optimizers.OPTIMIZERS.values() for a in inspect.signature(f).parameters}
@@ -212,9 +255,7 @@ def _check_fields(given: dict, known: dict, prefix: str) -> None:
       raise ValueError(f'config.{path} takes a {type(known[name]).__name__}, not {value!r}')
   missing = [k for k in known if k not in given and prefix not in ('optimizer.', 'model_args.')]
   if missing:
-    raise ValueError(
-      f'config.{prefix}{missing[0]} is missing; start from memjax.config.default()'
-    )
+    raise ValueError(f'config.{prefix}{missing[0]} is missing; start from memjax.config.default()')
 
 
 def _same_type(value, like) -> bool:

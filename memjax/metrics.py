@@ -218,15 +218,15 @@ class Progress:
     """Prints a line about `step` and returns its rate as metrics.
 
     Returns:
-      `{'train/tokens_per_second': ..., 'train/step_seconds': ...}`.
+      `{'throughput/tokens_per_s': ..., 'throughput/step_seconds': ...}`.
     """
     rate = self.rate(step)
     if self._display:
       line = format_line(step, self._total, loss, rate, learning_rate, memory_mib)
       self._display.show(step, line)
     return {
-      'train/tokens_per_second': rate.tokens_per_second,
-      'train/step_seconds': rate.step_seconds,
+      'throughput/tokens_per_s': rate.tokens_per_second,
+      'throughput/step_seconds': rate.step_seconds,
     }
 
   def say(self, message):
@@ -361,7 +361,7 @@ def plot_loss(workdir):
   """Draws `loss.png` from `metrics.jsonl`: the training loss, raw and smoothed, and the evaluation
   losses.
 
-  Reads `train/loss`, `eval/loss` and `train/tokens_per_second`.
+  Reads `train/loss`, `eval/loss` and `throughput/tokens_per_s`.
 
   Returns:
     The picture's path, or `None` if there is no loss to draw.
@@ -422,5 +422,5 @@ def _smooth(values):
 
 def _title(workdir, rows):
   name = pathlib.Path(workdir).resolve().name
-  speeds = sorted(_series(rows, 'train/tokens_per_second')[1])
+  speeds = sorted(_series(rows, 'throughput/tokens_per_s')[1])
   return f'{name}: {_short(speeds[len(speeds) // 2])} tokens/s' if speeds else name

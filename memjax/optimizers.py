@@ -1,7 +1,8 @@
 """Ready optimizers by name, with arguments that a config can hold: numbers and words.
 
-Every factory takes `learning_rate` (a number or a schedule) and returns an `optax.GradientTransformation` whose updates are
-added to the parameters. State is f32 whatever the dtype of the parameters. Notebooks call the functions of `memjax` and `optax` themselves.
+Every factory takes `learning_rate` (a number or a schedule) and returns an
+`optax.GradientTransformation` whose updates are added to the parameters. State is f32 whatever the
+dtype of the parameters. Notebooks call the functions of `memjax` and `optax` themselves.
 """
 
 import re
@@ -15,9 +16,7 @@ from memjax.transforms.float32 import in_float32
 
 def adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
   """Adam with decoupled weight decay on matrices (Loshchilov and Hutter, 2019)."""
-  return in_float32(
-    optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays)
-  )
+  return in_float32(optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays))
 
 
 def adafactor(
@@ -61,7 +60,9 @@ def galore(
   weight_decay=0.0,
   targets='',
 ):
-  """GaLore (Zhao et al., 2024); see `memjax.galore`. `targets` is a regex on leaf paths, '' the published choice."""
+  """GaLore (Zhao et al., 2024); see `memjax.galore`. `targets` is a regex on leaf paths, '' the
+  published choice.
+  """
   if basis not in BASES:
     raise ValueError(f'basis {basis!r} does not exist; there are {", ".join(BASES)}')
   return transforms.galore(

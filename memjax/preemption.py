@@ -10,8 +10,9 @@ import jax
 class Preemption:
   """Turns SIGTERM into a flag while the training loop runs.
 
-  Before `defer` is called there is no progress to save, and the signal ends the process at once with exit status 0. With
-  several processes, all answer `requested` alike: JAX's coordination service agrees on one step for everybody.
+  Before `defer` is called there is no progress to save, and the signal ends the process at once
+  with exit status 0. With several processes, all answer `requested` alike: JAX's coordination
+  service agrees on one step for everybody.
   """
 
   def __init__(self):

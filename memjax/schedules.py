@@ -1,7 +1,7 @@
 """Learning rates as functions of the count of finished updates, from 0.
 
-All begin with a linear warm-up from zero, so the first update moves nothing while moments, counts and bases advance,
-as in the published recipes.
+All begin with a linear warm-up from zero, so the first update moves nothing while moments, counts
+and bases advance, as in the published recipes.
 """
 
 import jax.numpy as jnp

@@ -1,16 +1,17 @@
 """Where arrays live on a device mesh with the axes `data`, `fsdp` and `tensor`.
 
-Parameters follow rules, pairs of (regular expression on the leaf path, `PartitionSpec`): the first match wins and every
-leaf must be matched. Everything else is derived: optimizer state from the parameter it belongs to, the batch from the mesh.
-A path is the leaf's keys joined by slashes: `blocks/attn/q/kernel`.
+Parameters follow rules, pairs of (regular expression on the leaf path, `PartitionSpec`): the first
+match wins and every leaf must be matched. Everything else is derived: optimizer state from the
+parameter it belongs to, the batch from the mesh. A path is the leaf's keys joined by slashes:
+`blocks/attn/q/kernel`.
 """
 
 import math
 import re
 
 import jax
-from jax.experimental import mesh_utils
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -18,7 +19,7 @@ BATCH = PartitionSpec(('data', 'fsdp'))
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """Returns a mesh over `devices` (default: all of every process); -1 for one axis takes what the others leave.
+  """Returns a mesh over `devices`, default all; -1 for one axis takes what the others leave.
 
   >>> make_mesh(fsdp=2).shape
   OrderedDict({'data': 4, 'fsdp': 2, 'tensor': 1})
@@ -73,10 +74,10 @@ def param_shardings(params, rules, mesh: Mesh):
 def state_shardings(state, params, shardings):
   """Returns the sharding of every optimizer-state leaf, derived from the parameter it belongs to.
 
-  A state leaf belongs to the parameter whose path ends its own (`0/mu/blocks/attn/q/kernel`). It takes that parameter's
-  axes dimension by dimension: a moment all of them, a projected `[..., r, n]` leaf the axes of `m` on `r` and of `n` on `n`
-  as far as they divide, a factored `[..., m]` leaf those of the dimensions it kept. What belongs to no parameter (counts)
-  is replicated.
+  A state leaf belongs to the parameter whose path ends its own (`0/mu/blocks/attn/q/kernel`). It
+  takes that parameter's axes dimension by dimension: a moment all of them, a projected `[..., r,
+  n]` leaf the axes of `m` on `r` and of `n` on `n` as far as they divide, a factored `[..., m]`
+  leaf those of the dimensions it kept. What belongs to no parameter (counts) is replicated.
 
   Args:
     state: Optimizer state as arrays or shapes, of `transform.init(params)`.
@@ -134,7 +135,7 @@ def _keys(path) -> tuple[str, ...]:
 
 
 def _ways(entry, mesh) -> int:
-  """How many devices one entry of a `PartitionSpec` (None, an axis, a tuple of axes) divides a dimension over."""
+  """Devices that one entry of a `PartitionSpec` (None, an axis, axes) divides a dimension over."""
   return math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
@@ -150,13 +151,16 @@ def _check_divides(name, shape, spec, mesh):
 
 
 def _inherit(shape, owner_shape, owner_spec, mesh) -> PartitionSpec:
-  """The axes of a parameter's dimensions, on the dimensions of a state leaf that descends from them."""
+  """The axes of a parameter's dimensions, on those of a state leaf that descends from them."""
   entries = (*owner_spec, *(None,) * (len(owner_shape) - len(owner_spec)))
-  if len(shape) < len(owner_shape):  # Factored: keep the dimensions that survived, matched from the left.
+  if len(shape) < len(owner_shape):
+    # Factored: keep the dimensions that survived, matched from the left.
     kept, sizes = [], list(zip(owner_shape, entries))
     for size in shape:
       while sizes and sizes[0][0] != size:
         sizes.pop(0)
       kept.append(sizes.pop(0)[1] if sizes else None)
     entries = tuple(kept)
-  return PartitionSpec(*(e if size % _ways(e, mesh) == 0 else None for size, e in zip(shape, entries)))
+  return PartitionSpec(
+    *(e if size % _ways(e, mesh) == 0 else None for size, e in zip(shape, entries))
+  )

@@ -1,4 +1,7 @@
-"""One training run, from a config to a trained model, in the order in which things happen."""
+"""One training run, from a config to a trained model, in the order in which things happen.
+
+On a first reading, read `train` and skip the rest: it is what the run says and writes.
+"""
 
 import dataclasses
 import functools
@@ -7,25 +10,28 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.markup import escape
 
 from memjax import build as build_lib
 from memjax import checkpoint, metrics, plan, sharding, workdir
 from memjax import config as config_lib
 from memjax.evaluate import evaluate, place
+from memjax.models.generate import generate
 from memjax.preemption import Preemption
 
 
-def train(config: ConfigDict, directory: str, *, devices=None) -> dict:
+def train(config: ConfigDict, directory, *, devices=None) -> dict:
   """Trains until `config.steps` updates are finished, resuming what the work directory holds.
 
-  A killed and resumed run gives the same bits as one that was left alone: parameters, optimizer state and metrics lines.
-  SIGTERM saves after the step under way and returns.
+  A killed and resumed run gives the same bits as one that was left alone: parameters, optimizer
+  state and metrics lines. SIGTERM saves after the step under way and returns.
 
-  Leaves in `directory`: `config.json`, `data.json`, `memory.json`, `metrics.jsonl` and TensorBoard events, `checkpoints/`,
-  and at the end `loss.png` and `sample.txt`.
+  Leaves in `directory`: `config.json`, `data.json`, `memory.json`, `metrics.jsonl` and TensorBoard
+  events, `checkpoints/`, and at the end `loss.png` and `sample.txt`.
 
   Args:
     config: See `memjax.config.default`.
@@ -33,38 +39,35 @@ def train(config: ConfigDict, directory: str, *, devices=None) -> dict:
     devices: Devices of the mesh; default all.
 
   Returns:
-    The last metrics line: name -> value.
+    `step`, `state` (the training state) and `eval/loss` if it was evaluated.
 
   Raises:
-    ValueError: for a config, mesh, data source or work directory that cannot work, before anything is allocated.
+    ValueError: for a config, mesh, data source or work directory that cannot work, before anything
+      is allocated.
     FloatingPointError: when the loss is not finite, naming the step.
   """
+  directory = pathlib.Path(directory)
   with Preemption() as preemption:
-    # What is asked for. Shapes only; nothing is allocated before the receipt is printed.
+    # ---- What is asked for, as shapes.
     config_lib.validate(config)
     use_cpu_devices(config.cpu_devices)
-    say = Console(quiet=jax.process_index() > 0, highlight=False, soft_wrap=True).print
     mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
     parts = build_lib.build(config, mesh)
-    directory = pathlib.Path(directory)
-    for notice in workdir.prepare(directory, config):
-      say(f'Resuming with another {notice}')
+    primary = jax.process_index() == 0
+    say = Console(quiet=not primary, highlight=False, soft_wrap=True).print
     say(describe(config, parts, mesh))
+    for notice in workdir.prepare(directory, config):
+      say(f'[yellow]Resuming with another {escape(notice)}[/]')
     dataset = load_data(config, parts.model.vocab)
     workdir.record_data(directory, dataset)
     say(banner(dataset))
 
-    # The compiled step, and what it needs.
-    started = time.monotonic()
-    step = parts.step.lower(parts.state, parts.batch).compile()
-    shardings = jax.tree.map(lambda x: x.sharding, (parts.state, parts.batch))
-    plan.check_donated(step, parts.state, shardings[0])
-    receipt = plan.measure(parts.state, shardings[0], parts.batch, shardings[1], step)
-    receipt['compile_seconds'] = round(time.monotonic() - started, 2)
-    workdir.write_json(directory / 'memory.json', receipt)
+    # ---- The compiled step, and the memory it needs.
+    step, receipt = compile_step(parts)
     say(plan.table(receipt, 'Memory of one training step'))
+    workdir.write_json(directory / 'memory.json', receipt)
 
-    # A fresh state, or the newest sound checkpoint.
+    # ---- A fresh state, or the newest sound checkpoint; nothing was allocated before.
     intervals = {k: v or None for k, v in config.checkpoint.to_dict().items()}
     checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', **intervals)
     restored = checkpoints.restore(parts.state)
@@ -72,46 +75,109 @@ def train(config: ConfigDict, directory: str, *, devices=None) -> dict:
       state, first = parts.init(build_lib.root_key(config, 'params')), 0
     else:
       state, first = restored.state, restored.step
-      say(f'Resuming after step {first:,}')
-    del restored
+      say(f'Resuming after step {first}')
+    del restored  # The step donates the state; nothing else may hold it.
 
-    writer = metrics.MetricsWriter(directory, first, primary=jax.process_index() == 0)
-    progress = metrics.Progress(config.steps, first, config.batch_size * config.seq_len)
-    evaluated = {line['step'] for line in metrics.read(directory) if 'eval/loss' in line}
-    preemption.defer()
+    writer = metrics.MetricsWriter(directory, first, primary=primary)
+    tokens = config.batch_size * config.seq_len
+    progress = metrics.Progress(config.steps, first, tokens, primary=primary)
 
-    def evaluate_if_due(finished):
-      last = finished == config.steps
-      if not config.eval_every or not finished or not (last or finished % config.eval_every == 0):
-        return
-      if finished in evaluated:
+    def rows(finished, start, stop):  # Of the batch after so many finished updates.
+      return dataset.train.rows(finished, config.batch_size, start, stop, config.seed)
+
+    validate = functools.partial(
+      evaluate,
+      parts.eval_step,
+      split=dataset.validation,
+      batch=parts.eval_batch,
+      max_tokens=config.eval_tokens,
+      stop=lambda: preemption.received,
+    )
+    evaluated = {line['step']: line for line in metrics.read(directory) if 'eval/loss' in line}
+
+    def evaluate_if_due(finished, state):
+      every = config.eval_every
+      due = every and finished and (finished % every == 0 or finished == config.steps)
+      if not due or finished in evaluated:
         return
       with progress.pause():
-        values = evaluate(
-          parts.eval_step,
-          state['params'],
-          dataset.validation,
-          parts.eval_batch,
-          max_tokens=config.eval_tokens,
-          stop=lambda: preemption.received,
-        )
-      if values is not None:
+        values = validate(params=state['params'])
+      if values is not None:  # Else given up to stop in time: the resumed run begins with it.
+        evaluated[finished] = values
         writer.write(finished, values)
-        progress.say(finished, values)
+        progress.say(f'step {finished}  validation loss {values["eval/loss"]:.4f}')
 
-    evaluate_if_due(first)  # What a run that was stopped in its evaluation left to do.
-    for finished in range(first + 1, config.steps + 1):
-      rows = functools.partial(dataset.train.rows, finished - 1, config.batch_size, seed=config.seed)
-      state, values = step(state, place(rows, parts.batch))
-      if finished % config.log_every == 0 or finished == config.steps:
-        log(writer, progress, finished, values, parts.schedule)
-      evaluate_if_due(finished)
-      stop = preemption.requested(finished)
-      with progress.pause():
-        checkpoints.maybe_save(state, finished, {}, force=stop or finished == config.steps)
-      if stop:
-        say(f'Stopping after step {finished:,}, as asked; the same command resumes')
-        break
+    # ---- The loop.
+    preemption.defer()
+    finished = first
+    with checkpoints, writer, progress:
+      evaluate_if_due(finished, state)
+      while finished < config.steps and not preemption.requested(finished):
+        batch = place(functools.partial(rows, finished), parts.batch)
+        state, values = step(state, batch)
+        finished += 1
+        if finished % config.log_every == 0 or finished == config.steps:
+          log(finished, values, parts.schedule, writer, progress)
+        evaluate_if_due(finished, state)
+        with progress.pause():
+          checkpoints.maybe_save(state, finished, {}, force=finished == config.steps)
+      if finished < config.steps:
+        checkpoints.maybe_save(state, finished, {}, force=True)
+        progress.say(f'stopped after step {finished}, as asked; the same command resumes')
+
+    # ---- What is left for people to look at.
+    if primary:
+      metrics.plot_loss(directory)
+    if finished == config.steps and config.sample.tokens:
+      text = sample(config, parts.model, state['params'], dataset.tokenizer)
+      say(escape(text))
+      if primary:
+        (directory / 'sample.txt').write_text(text + '\n')
+    return {'step': finished, 'state': state, **evaluated.get(finished, {})}
+
+
+def compile_step(parts: build_lib.Parts):
+  """Compiles the training step; returns it with its receipt, a dict of bytes per device."""
+  started = time.monotonic()
+  step = parts.step.lower(parts.state, parts.batch).compile()
+  shardings, batch_shardings = jax.tree.map(lambda x: x.sharding, (parts.state, parts.batch))
+  plan.check_donated(step, parts.state, shardings)
+  receipt = plan.measure(parts.state, shardings, parts.batch, batch_shardings, step)
+  return step, receipt | {'compile_seconds': round(time.monotonic() - started, 2)}
+
+
+def log(finished: int, values: dict, schedule, writer, progress) -> None:
+  """Writes one line of metrics; waits for the step.
+
+  Raises:
+    FloatingPointError: when the loss is not finite.
+  """
+  values = {name: float(value) for name, value in jax.device_get(values).items()}
+  if not np.isfinite(values['train/loss']):
+    raise FloatingPointError(
+      f'the loss is {values["train/loss"]} after step {finished}; the checkpoints before it are '
+      'sound. Try a lower optimizer.learning_rate, a clip_norm of 1.0, or a longer warm-up'
+    )
+  values['train/learning_rate'] = float(schedule(finished - 1))
+  memory = metrics.live_memory_mib()
+  speed = progress.report(
+    finished, values['train/loss'], values['train/learning_rate'], memory['memory/live_mib']
+  )
+  writer.write(finished, values | speed | memory)
+
+
+def sample(config: ConfigDict, model, params, tokenizer) -> str:
+  """Returns the prompt of the config, continued by the model."""
+  prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id]
+  tokens = generate(
+    dataclasses.replace(model, activations=None),  # One sequence does not divide over a mesh.
+    params,
+    jnp.asarray([prompt]),
+    config.sample.tokens,
+    build_lib.root_key(config, 'sample'),
+    config.sample.temperature,
+  )
+  return tokenizer.decode(np.asarray(tokens)[0].tolist())
 
 
 def describe(config: ConfigDict, parts: build_lib.Parts, mesh) -> str:
@@ -126,13 +192,12 @@ def describe(config: ConfigDict, parts: build_lib.Parts, mesh) -> str:
 
 def banner(dataset) -> str:
   """Returns what the run is trained on, and what it would rather have had."""
-  lines = [f'[bold yellow]Missing data:[/] {sentence}' for sentence in dataset.missing]
+  lines = [f'[bold yellow]Missing data:[/] {escape(sentence)}' for sentence in dataset.missing]
   if lines:
-    lines.append(f'[bold yellow]Training on {dataset.source!r} instead; data.json records it.[/]')
-  train, validation = dataset.train.num_tokens, dataset.validation.num_tokens
+    lines.append(f'[bold yellow]Training on {escape(dataset.source)} instead[/]; see data.json')
   lines.append(
-    f'Data {dataset.source}: {train:,} tokens to train on, {validation:,} to validate on, '
-    f'vocabulary {dataset.tokenizer.vocab_size:,}'
+    f'Data {escape(dataset.source)}: {dataset.train.num_tokens:,} tokens to train on, '
+    f'{dataset.validation.num_tokens:,} to validate on, vocabulary {dataset.tokenizer.vocab_size:,}'
   )
   return '\n'.join(lines)
 
@@ -141,13 +206,15 @@ def load_data(config: ConfigDict, vocab_size: int):
   """Returns the dataset of a config; see `memjax.data.load`."""
   from memjax import data  # Libraries for text are loaded by those who train on it.
 
-  default_cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'memjax'
+  cache = config.data.cache_dir or os.path.join(
+    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'memjax'
+  )
   return data.load(
     config.data.sources,
     config.data.tokenizer,
     config.seq_len,
     vocab_size=vocab_size,
-    cache_dir=config.data.cache_dir or default_cache,
+    cache_dir=cache,
     seed=config.seed,
     validation_fraction=config.data.validation_fraction,
     max_tokens=config.data.max_tokens or None,
@@ -155,6 +222,6 @@ def load_data(config: ConfigDict, vocab_size: int):
 
 
 def use_cpu_devices(count: int) -> None:
-  """Splits a CPU into `count` devices, if JAX has not started and the environment does not say so already."""
+  """Splits a CPU into `count` devices, unless the environment already says into how many."""
   if count and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', count)

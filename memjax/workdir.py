@@ -48,8 +48,8 @@ def record_data(directory: pathlib.Path, dataset) -> None:
     if different:
       k = different[0]
       raise ValueError(
-        f'this run began with data {k} {before[k]!r} and now finds {found[k]!r}; bring the data back, name one source in '
-        'config.data.sources, or choose another work directory'
+        f'this run began with data {k} {before[k]!r} and now finds {found[k]!r}; bring the data '
+        'back, or choose another work directory'
       )
   write_json(file, found)
 

@@ -31,7 +31,9 @@ def test_a_misspelt_field_is_refused_where_it_is_written_with_the_nearest():
   ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(change, sentence):
-  c = config_lib.ConfigDict(config_lib.default().to_dict(), type_safe=False)  # Unlocked: a user's own.
+  c = config_lib.ConfigDict(
+    config_lib.default().to_dict(), type_safe=False
+  )  # Unlocked: a user's own.
   change(c)
   with pytest.raises(ValueError) as error:
     config_lib.validate(c)
@@ -82,5 +84,7 @@ def test_a_resumed_run_may_change_where_and_how_long_but_not_what():
   notices = config_lib.check_same_run(old, c.to_dict())
   assert [n.split(':')[0] for n in notices] == ['checkpoint.every', 'mesh.fsdp', 'steps']
   c.optimizer.learning_rate = 3e-4
-  with pytest.raises(ValueError, match=r'optimizer.learning_rate: 0.001 there, 0.0003 here.*workdir'):
+  with pytest.raises(
+    ValueError, match=r'optimizer.learning_rate: 0.001 there, 0.0003 here.*workdir'
+  ):
     config_lib.check_same_run(old, c.to_dict())

@@ -183,7 +183,7 @@ def test_report_prints_one_plain_line_into_a_pipe():
     clock.wait(5.0)
     values = progress.report(10, 3.25, learning_rate=1e-3, memory_mib=700.2)
     progress.say('eval loss 3.1')
-  assert values == {'train/tokens_per_second': 2000.0, 'train/step_seconds': 0.5}
+  assert values == {'throughput/tokens_per_s': 2000.0, 'throughput/step_seconds': 0.5}
   assert out.getvalue() == (
     'step  10/100  loss 3.2500  lr 1.00e-03  2.0k tok/s  500 ms/step  eta 0:00:45  700 MiB\n'
     'eval loss 3.1\n'

@@ -22,8 +22,7 @@ RULES = (
 
 def specs(tree):
   return {
-    sharding.path_name(path): tuple(x.spec)
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    sharding.path_name(path): tuple(x.spec) for path, x in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 

@@ -1,4 +1,6 @@
-"""What a run needs before it runs: bytes by part, and what the compiler says of the compiled step."""
+"""What a run needs before it runs: bytes by part, and what the compiler says of the compiled
+step.
+"""
 
 from memjax.plan.memory import check_donated, measure, table
 

@@ -1,6 +1,7 @@
 """The memory of one training step on one device, part by part.
 
-Two sources, kept apart: what the arrays' shapes and shardings say (exact), and what the compiler says of the program.
+Two sources, kept apart: what the arrays' shapes and shardings say (exact), and what the compiler
+says of the program.
 """
 
 import jax
@@ -10,7 +11,8 @@ from memjax import sharding
 
 MIB = 2**20
 
-# Which part a state leaf is counted in, by the name of the state field that holds it; any other field is other state.
+# Which part a state leaf is counted in, by the name of the state field that holds it; any other
+# field is other state.
 PARTS = {
   'basis': {'left', 'right', 'projector', 'basis'},
   'moments': {'mu', 'nu', 'trace', 'm', 'v', 'v_row', 'v_col', 'ema', 'acc'},
@@ -28,8 +30,9 @@ def measure(state, shardings, batch, batch_shardings, compiled=None) -> dict:
     compiled: The compiled step, for the compiler's own figures; None leaves them out.
 
   Returns:
-    `parts`: name -> bytes of parameters, gradients (one a parameter, in its dtype), basis, moments, other_state, batch;
-    `compiled`: argument, output, temp, alias, peak and generated_code as the compiler counts them.
+    `parts`: name -> bytes of parameters, gradients (one a parameter, in its dtype), basis, moments,
+    other_state, batch; `compiled`: argument, output, temp, alias, peak and generated_code as the
+    compiler counts them.
   """
   parts = {
     'parameters': sharding.bytes_per_device(state['params'], shardings['params']),
@@ -59,7 +62,8 @@ def table(receipt: dict, title: str) -> Table:
 
 
 def check_donated(compiled, state, shardings) -> int:
-  """Checks that the compiled step writes the new state over the old one, and returns the bytes it reuses.
+  """Checks that the compiled step writes the new state over the old one, and returns the bytes it
+  reuses.
 
   Raises:
     ValueError: when less than the state is aliased, so that a second copy of the rest would exist.

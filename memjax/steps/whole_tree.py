@@ -1,7 +1,8 @@
 """The ordinary training step: one gradient tree, one transform, one addition.
 
-Training state is a plain dict: `step` i32[] counts finished updates, `params` is a nested dict of arrays, `opt` the state of
-the optax transform. A batch is a dict of `[B, T]` arrays `tokens`, `targets`, `weights`.
+Training state is a plain dict: `step` i32[] counts finished updates, `params` is a nested dict of
+arrays, `opt` the state of the optax transform. A batch is a dict of `[B, T]` arrays `tokens`,
+`targets`, `weights`.
 """
 
 import jax
@@ -31,11 +32,12 @@ def make_train_step(
   clip_norm: float | None = None,
   rounding_key=None,
 ):
-  """Returns `step(state, batch) -> (state, metrics)`, a pure function to be jitted with its state donated.
+  """Returns `step(state, batch) -> (state, metrics)`, a pure function to be jitted with its state
+  donated.
 
-  The loss is the sum over tokens divided by their count, both over all micro-batches, so that a micro-batch counts by its
-  tokens. Memory: one gradient tree in the parameters' dtype; with `accumulate > 1` one more, in f32, which the
-  transform receives.
+  The loss is the sum over tokens divided by their count, both over all micro-batches, so that a
+  micro-batch counts by its tokens. Memory: one gradient tree in the parameters' dtype; with
+  `accumulate > 1` one more, in f32, which the transform receives.
 
   Args:
     loss: `loss(params, batch) -> (sum f32[], count f32[])`.
@@ -60,7 +62,9 @@ def make_train_step(
 
 
 def make_eval_step(loss):
-  """Returns `step(params, batch) -> (sum, count)`: what a validation loss adds up before it divides once."""
+  """Returns `step(params, batch) -> (sum, count)`: what a validation loss adds up before it divides
+  once.
+  """
 
   def step(params, batch):
     return loss(params, batch)

@@ -8,16 +8,16 @@ import optax
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """Runs `inner` on f32 copies of 16-bit gradients and parameters, so that its state is f32.
 
-  Second moments in bfloat16 with b2 = 0.999 never decay: a thousandth is less than half an ulp, for every one of the 128
-  mantissas. Gradients come back in their own dtype. The copies are elementwise and fuse into the transform; the state takes
-  4 bytes a number instead of 2.
+  Second moments in bfloat16 with b2 = 0.999 never decay: a thousandth is less than half an ulp, for
+  every one of the 128 mantissas. Gradients come back in their own dtype. The copies are elementwise
+  and fuse into the transform; the state takes 4 bytes a number instead of 2.
 
   Args:
     inner: Any transform.
 
   >>> leaf = jnp.ones((2, 3), jnp.bfloat16)
-  >>> optax.scale_by_adam().init(leaf).nu.dtype, in_float32(optax.scale_by_adam()).init(leaf).nu.dtype
-  (dtype(bfloat16), dtype('float32'))
+  >>> optax.scale_by_adam().init(leaf).nu.dtype,
+  in_float32(optax.scale_by_adam()).init(leaf).nu.dtype (dtype(bfloat16), dtype('float32'))
   """
   inner = optax.with_extra_args_support(inner)
 

@@ -1,12 +1,16 @@
-"""The pre-training recipe of the GaLore paper, shared by the `galore_llama*` and `adamw_llama*` configs.
+"""Published training recipes, shared by the config files that differ only in size or method.
 
-LLaMA shapes, bfloat16 weights, 512 x 256 tokens an update, 10 % warm-up, cosine to a tenth (Zhao et al., 2024, section 5.1
-and its code). Two things differ on purpose: sequences are packed instead of padded, and moments are f32, because bfloat16
-second moments with b2 = 0.999 never decay.
+Pre-training LLaMA on C4 as in the GaLore paper, for `configs/galore_llama*.py` and
+`configs/adamw_llama*.py`.
 
-C4 is read through TFDS when it is prepared (`pip install -e '.[tfds]'`, then `tfds build c4/en --file_format=array_record`);
-otherwise the run says so and falls to the interpreter's own sources. The published runs used the T5 tokenizer: give its
-SentencePiece file as `--config.data.tokenizer=PATH`.
+LLaMA shapes, bfloat16 weights, 512 x 256 tokens an update, 10 % warm-up, cosine to a tenth (Zhao et
+al., 2024, section 5.1 and its code). Two things differ on purpose: sequences are packed instead of
+padded, and moments are f32, because bfloat16 second moments with b2 = 0.999 never decay.
+
+C4 is read through TFDS when it is prepared (`pip install -e '.[tfds]'`, then `tfds build c4/en
+--file_format=array_record`); otherwise the run says so and falls to the interpreter's own sources.
+The published runs used the T5 tokenizer: give its SentencePiece file as
+`--config.data.tokenizer=PATH`.
 """
 
 from memjax.config import default, optimizer, parse_arg
@@ -20,12 +24,15 @@ SIZES = {
   '7b': dict(rank=1024, steps=150_000, accumulate=32),
 }
 
-# Full-rank Adam, from the paper's grid {0.01, 0.005, 0.001, 0.0005, 0.0001}; the chosen points are not printed there.
+# Full-rank Adam, from the paper's grid {0.01, 0.005, 0.001, 0.0005, 0.0001}; the chosen points are
+# not printed there.
 LEARNING_RATES = {'60m': 1e-3, '130m': 1e-3, '350m': 1e-3, '1b': 5e-4, '7b': 5e-4}
 
 
-def recipe(size: str, smoke: bool):
-  """Returns the config of one size without its optimizer; `smoke` is a few steps of a tiny model on a CPU."""
+def llama_c4(size: str, smoke: bool):
+  """Returns the config of one size without its optimizer; `smoke` is a few steps of a tiny model on
+  a CPU.
+  """
   c = default()
   c.model = 'llama_tiny' if smoke else f'llama_{size}'
   c.param_dtype = 'bfloat16'
@@ -52,10 +59,10 @@ def recipe(size: str, smoke: bool):
   return c
 
 
-def galore(size: str, arg: str):
+def galore_llama(size: str, arg: str):
   """Returns the GaLore config of one size; `arg` may hold `smoke` and `rank=...`."""
   arg = parse_arg(arg, smoke=False, rank=SIZES[size]['rank'])
-  c = recipe(size, arg.smoke)
+  c = llama_c4(size, arg.smoke)
   c.optimizer = optimizer(
     'galore',
     learning_rate=0.005 if size == '7b' else 0.01,
@@ -66,9 +73,11 @@ def galore(size: str, arg: str):
   return c
 
 
-def adamw(size: str, arg: str):
-  """Returns the full-rank baseline of one size; its learning rate is the best of the paper's grid at small sizes."""
+def adamw_llama(size: str, arg: str):
+  """Returns the full-rank baseline of one size; its learning rate is the best of the paper's grid
+  at small sizes.
+  """
   arg = parse_arg(arg, smoke=False)
-  c = recipe(size, arg.smoke)
+  c = llama_c4(size, arg.smoke)
   c.optimizer = optimizer('adamw', learning_rate=LEARNING_RATES[size])
   return c

@@ -1,4 +1,6 @@
-"""Eight CPU devices for every test, so that meshes are real; shapes must match without rank promotion."""
+"""Eight CPU devices for every test, so that meshes are real; shapes must match without rank
+promotion.
+"""
 
 import jax
 

@@ -1,0 +1,114 @@
+"""Trains several configs on the same tokens and compares them: one table, one picture.
+
+    python experiments/compare.py
+    python experiments/compare.py --configs='configs/quickstart.py:method=adamw
+    configs/quickstart.py:method=galore'
+
+Without `--configs`: AdamW, Adafactor, and GaLore with either basis, 1,000 steps each. A finished
+run is not repeated; a killed one resumes. Leaves `compare.json` and `compare.png` in `--workdir`,
+and each run's own files below it.
+"""
+
+import json
+import pathlib
+import statistics
+
+from absl import app, flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from memjax import config as config_lib
+from memjax import metrics
+from memjax.train import train
+
+DEFAULT = ' '.join(
+  f'configs/quickstart.py:method={method},steps=1000,seq_len=64'
+  for method in ('adamw', 'adafactor', 'galore', 'galore_svd')
+)
+CONFIGS = flags.DEFINE_spaceseplist(
+  'configs', DEFAULT, 'Config files with arguments, separated by spaces.'
+)
+WORKDIR = flags.DEFINE_string('workdir', 'runs/compare', 'Where the runs and the results go.')
+MIB = 2**20
+
+
+def main(_):
+  directory = pathlib.Path(WORKDIR.value)
+  configs = {config_lib.run_name(spec): config_lib.load(spec) for spec in CONFIGS.value}
+  check_same_tokens(configs)
+  for name, config in configs.items():
+    train(config, directory / name)
+  rows = [result(directory / name, name) for name in configs]
+  (directory / 'compare.json').write_text(json.dumps(rows, indent=2) + '\n')
+  Console().print(table(rows))
+  draw(rows, directory)
+
+
+def check_same_tokens(configs: dict) -> None:
+  """Refuses to compare runs that do not read the same text for equally long."""
+  fields = ('steps', 'batch_size', 'seq_len', 'seed', 'data', 'eval_tokens')
+  (first, config), *others = configs.items()
+  for name, other in others:
+    different = [f for f in fields if other[f] != config[f]]
+    if different:
+      raise SystemExit(f'{first} and {name} differ in {", ".join(different)}; give them the same')
+
+
+def result(directory: pathlib.Path, name: str) -> dict:
+  """Reads what one run left."""
+  lines = metrics.read(directory)
+  parts = json.loads((directory / 'memory.json').read_text())['parts']
+  evaluations = [line for line in lines if 'eval/loss' in line]
+  seconds = [line['throughput/step_seconds'] for line in lines if 'throughput/step_seconds' in line]
+  return {
+    'name': name,
+    'eval/loss': evaluations[-1]['eval/loss'],
+    'eval/perplexity': evaluations[-1]['eval/perplexity'],
+    'state_bytes': parts['basis'] + parts['moments'] + parts['other_state'],
+    'parameter_bytes': parts['parameters'],
+    'step_seconds': statistics.median(seconds),
+    'curve': [(line['step'], line['eval/loss']) for line in evaluations],
+  }
+
+
+def table(rows: list[dict]) -> Table:
+  """Returns the comparison; perplexity and step time are also given relative to the first row."""
+  out = Table(title='Same model, same tokens')
+  columns = ('run', 'eval loss', 'perplexity', 'rel.', 'state MiB', 'step s', 'rel.')
+  for column in columns:
+    out.add_column(column, justify='left' if column == 'run' else 'right')
+  for row in rows:
+    out.add_row(
+      row['name'],
+      f'{row["eval/loss"]:.4f}',
+      f'{row["eval/perplexity"]:.2f}',
+      f'{row["eval/perplexity"] / rows[0]["eval/perplexity"]:.3f}',
+      f'{row["state_bytes"] / MIB:.2f}',
+      f'{row["step_seconds"]:.3f}',
+      f'{row["step_seconds"] / rows[0]["step_seconds"]:.3f}',
+    )
+  return out
+
+
+def draw(rows: list[dict], directory: pathlib.Path) -> None:
+  """Draws validation loss over steps, and its last value over the bytes of optimizer state."""
+  figure = Figure(figsize=(11, 4.2), layout='constrained')
+  FigureCanvasAgg(figure)
+  curves, points = figure.subplots(1, 2)
+  for row in rows:
+    (line,) = curves.plot(*zip(*row['curve'], strict=True), marker='.', label=row['name'])
+    size = row['state_bytes'] / MIB
+    points.scatter(size, row['eval/loss'], color=line.get_color(), s=60, label=row['name'])
+  curves.set(xlabel='step', ylabel='validation loss (nats a token)')
+  points.set(xlabel='optimizer state (MiB)', ylabel='last validation loss', xlim=(0, None))
+  for axes in (curves, points):
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+  curves.legend(frameon=False, fontsize='small')
+  figure.savefig(directory / 'compare.png', dpi=150)
+
+
+if __name__ == '__main__':
+  app.run(main)
