@@ -1,7 +1,6 @@
 """Language models as pure functions of a plain dict of parameters."""
 
 from memjax.models.create import PRESETS, create
-from memjax.models.generate import generate
 from memjax.models.llama import Llama
 
-__all__ = ['PRESETS', 'Llama', 'create', 'generate']
+__all__ = ['PRESETS', 'Llama', 'create']

@@ -22,15 +22,16 @@ def generate(
 ) -> jax.Array:
   """Continues prompts by sampling, as one compiled program.
 
-  Runs the whole sequence through the model for every new token: `length (P + length)` tokens of work a prompt, fine for
-  looking at samples and slow for serving. There is no key-value cache yet.
+  Runs the whole sequence through the model for every new token: `length (P + length)` tokens of
+  work a prompt, fine for looking at samples and slow for serving. There is no key-value cache yet.
 
   Args:
     model: A model with `hidden_states` and `head_logits`, such as `memjax.models.Llama`.
     params: Its parameters.
     prompt_tokens: `i32[B, P]`, all prompts equally long, `P >= 1`.
     length: Tokens to add.
-    key: The token at position `i` is drawn with `fold_in(key, i)`, so a longer run begins with a shorter one's text.
+    key: The token at position `i` is drawn with `fold_in(key, i)`, so a longer run begins with a
+      shorter one's text.
     temperature: Divides the logits; 0 takes the likeliest token.
     top_k: Draws among the `top_k` likeliest tokens only; None for all.
 

@@ -1,0 +1,45 @@
+"""Sizes against the published ones, and names that are nearly right."""
+
+import pytest
+
+from memjax.models import PRESETS, create
+
+# Millions of parameters: the tables of the papers' code, and the sizes of the released checkpoints.
+PUBLISHED = {
+  'llama_60m': 58.07,
+  'llama_130m': 134.11,
+  'llama_350m': 367.97,
+  'llama_1b': 1339.08,
+  'llama_7b': 6738.42,
+  'llama2_7b': 6738.42,
+  'llama2_13b': 13015.86,
+  'llama2_70b': 68976.65,
+  'llama3_8b': 8030.26,
+  'llama3_70b': 70553.71,
+  'llama3_1_8b': 8030.26,
+  'llama3_2_1b': 1235.81,
+  'llama3_2_3b': 3212.75,
+  'smollm2_135m': 134.52,
+  'llama_quickstart': 10.52,
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_parameter_counts(name):
+  assert round(create(name).num_params() / 1e6, 2) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_every_preset_is_a_valid_model(name):
+  model = create(name, dtype='bfloat16')
+  assert model.heads % model.kv_heads == 0
+  assert model.dtype.itemsize == 2
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+  with pytest.raises(ValueError, match="Did you mean 'llama_60m'"):
+    create('llama_60M')
+  with pytest.raises(ValueError, match=r"no field 'kv_head'\. Did you mean 'kv_heads'"):
+    create('llama_tiny', kv_head=2)
+  with pytest.raises(ValueError, match=r'Known: .*llama_7b'):
+    create('xyz')
