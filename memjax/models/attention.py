@@ -56,8 +56,12 @@ class Attention(nnx.Module):
     query = self.q(x).reshape(batch, length, self.heads, self.head_dim)
     key = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
     value = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
-    query = checkpoint_name(rotate(query, positions, frequency), 'query')
-    key = checkpoint_name(rotate(key, positions, frequency), 'key')
+    # The barrier keeps XLA for TPU from folding the rotation into the product of queries and keys,
+    # after which it holds the scores twice: 0.5 GiB for a 7B model on 1 x 2048 tokens.
+    query, key = jax.lax.optimization_barrier(
+      (rotate(query, positions, frequency), rotate(key, positions, frequency))
+    )
+    query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
     value = checkpoint_name(value, 'value')
     y = jax.nn.dot_product_attention(
       query,
