@@ -5,14 +5,12 @@ The same command resumes. `:smoke` after the file name runs it in seconds on a C
 every host.
 """
 
+import os
 import signal
-import sys
 
-signal.signal(
-  signal.SIGTERM, lambda *_: sys.exit(0)
-)  # Until training starts there is nothing to save.
+# Until training starts there is nothing to save; sys.exit could be swallowed by an import.
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
-import os  # noqa: E402
 import re  # noqa: E402
 
 import jax  # noqa: E402
@@ -71,7 +69,7 @@ def run(argv):
   """Runs `main`; a refused input is one sentence, not a traceback."""
   try:
     main(argv)
-  except ValueError as e:
+  except (ValueError, FloatingPointError) as e:
     if TRACEBACK.value:
       raise
     raise SystemExit(f'run.py: {e}\n(--traceback shows where this was found)') from None

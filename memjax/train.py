@@ -12,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.markup import escape
@@ -56,10 +57,11 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     primary = jax.process_index() == 0
     say = Console(quiet=not primary, highlight=False, soft_wrap=True).print
     say(describe(config, parts, mesh))
-    for notice in workdir.prepare(directory, config):
-      say(f'[yellow]Resuming with another {escape(notice)}[/]')
+    notices = workdir.prepare(directory, config)
     dataset = load_data(config, parts.model.vocab)
-    workdir.record_data(directory, dataset)
+    workdir.record(directory, config, dataset)
+    for notice in notices:
+      say(f'[yellow]Resuming with another {escape(notice)}[/]')
     say(banner(dataset))
 
     # ---- The compiled step, and the memory it needs.
@@ -75,7 +77,8 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       state, first = parts.init(build_lib.root_key(config, 'params')), 0
     else:
       state, first = restored.state, restored.step
-      say(f'Resuming after step {first}')
+      done = first >= config.steps
+      say(f'{"Finished already" if done else "Resuming"} after step {first} of {config.steps}')
     del restored  # The step donates the state; nothing else may hold it.
 
     writer = metrics.MetricsWriter(directory, first, primary=primary)
@@ -91,9 +94,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       split=dataset.validation,
       batch=parts.eval_batch,
       max_tokens=config.eval_tokens,
-      stop=lambda: preemption.received,
+      stop=preemption.requested,
     )
-    evaluated = {line['step']: line for line in metrics.read(directory) if 'eval/loss' in line}
+    evaluated = read_evaluation(directory, first)
 
     def evaluate_if_due(finished, state):
       every = config.eval_every
@@ -112,7 +115,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     finished = first
     with checkpoints, writer, progress:
       evaluate_if_due(finished, state)
-      while finished < config.steps and not preemption.requested(finished):
+      while finished < config.steps and not preemption.requested():
         batch = place(functools.partial(rows, finished), parts.batch)
         state, values = step(state, batch)
         finished += 1
@@ -134,6 +137,18 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       if primary:
         (directory / 'sample.txt').write_text(text + '\n')
     return {'step': finished, 'state': state, **evaluated.get(finished, {})}
+
+
+def read_evaluation(directory: pathlib.Path, step: int) -> dict[int, dict]:
+  """Returns `{step: line}` if the evaluation after `step` is in the metrics, else `{}`.
+
+  Process 0 writes the metrics, so its answer is everybody's: all must evaluate, or none.
+  """
+  lines = metrics.read(directory) if jax.process_index() == 0 else []
+  found = [line for line in lines if line['step'] == step and 'eval/loss' in line]
+  if not multihost_utils.broadcast_one_to_all(bool(found)):
+    return {}
+  return {step: found[0] if found else {}}
 
 
 def compile_step(parts: build_lib.Parts):

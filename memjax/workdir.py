@@ -11,7 +11,7 @@ from memjax import config as config_lib
 
 
 def prepare(directory: pathlib.Path, config: ConfigDict) -> list[str]:
-  """Creates the work directory, or checks that it belongs to the same run; writes `config.json`.
+  """Creates the work directory, or checks that it belongs to the same run.
 
   Returns:
     A sentence for each field that differs from the earlier run's and may.
@@ -21,15 +21,14 @@ def prepare(directory: pathlib.Path, config: ConfigDict) -> list[str]:
   """
   checkpoint.check_writable(directory)
   file = directory / 'config.json'
-  notices = []
-  if file.exists():
-    notices = config_lib.check_same_run(json.loads(file.read_text()), config.to_dict())
-  write_json(file, config.to_dict())
-  return notices
+  if not file.exists():
+    return []
+  return config_lib.check_same_run(json.loads(file.read_text()), config.to_dict())
 
 
-def record_data(directory: pathlib.Path, dataset) -> None:
-  """Writes what the run is trained on to `data.json`, or checks that it is what it began with.
+def record(directory: pathlib.Path, config: ConfigDict, dataset) -> None:
+  """Writes `config.json` and `data.json`, once the data is there: a run that could not begin does
+  not claim the directory.
 
   Raises:
     ValueError: when another source answers now, because resuming would train on other text.
@@ -52,6 +51,7 @@ def record_data(directory: pathlib.Path, dataset) -> None:
         'back, or choose another work directory'
       )
   write_json(file, found)
+  write_json(directory / 'config.json', config.to_dict())
 
 
 def write_json(file: pathlib.Path, value) -> None:
