@@ -106,7 +106,8 @@ def orthonormalise(tall, fill, passes: int = 3):
   equally often on every device of a mesh.
   """
   tall = _unit_scale(tall) + 1e-6 * fill
-  # A loop and not three copies: programs hold one factorisation a leaf and side, and compile faster.
+  # A loop and not three copies: a program holds one factorisation a leaf and side, and compiles
+  # faster.
   tall = lax.fori_loop(0, passes, lambda _, tall: _shifted_cholesky_qr(tall), tall)
   # One Newton-Schulz step squares the error that the shift left.
   identity = jnp.eye(tall.shape[1], dtype=tall.dtype)

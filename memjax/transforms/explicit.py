@@ -13,12 +13,18 @@ def _is_explicit(x) -> bool:
   return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
-def run_in_auto_axes(step, updates, state, extra_args):
-  """Calls `step(updates, state, extra_args) -> (updates, state)`, on Auto axes if need be."""
-  if not any(map(_is_explicit, jax.tree.leaves(updates))):
-    return step(updates, state, extra_args)
-  shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-  return jax.sharding.auto_axes(step, out_sharding=shardings)(updates, state, extra_args)
+def on_auto_axes(function, results_like, *args):
+  """Calls `function(*args)`; if its arrays live on Explicit axes, on Auto axes.
+
+  Args:
+    function: Function of pytrees of arrays.
+    results_like: Pytree of arrays with the shapes and the shardings of the results.
+    *args: Its arguments.
+  """
+  if not any(map(_is_explicit, jax.tree.leaves(results_like))):
+    return function(*args)
+  shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, results_like)
+  return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
 
 
 def lay_out_like(x, leaf):

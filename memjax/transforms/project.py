@@ -117,7 +117,7 @@ def project(
 
   def update(updates, state, params=None, **extra_args):
     del params
-    return explicit.run_in_auto_axes(step, updates, state, extra_args)
+    return explicit.on_auto_axes(step, (updates, state), updates, state, extra_args)
 
   def step(updates, state, extra_args):
     plans = plan_leaves(updates, rank, side, targets)

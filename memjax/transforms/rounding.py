@@ -1,10 +1,13 @@
 """Adding updates to parameters that have fewer bits than the sum."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from memjax.transforms import explicit
 from memjax.transforms.paths import fold_in_path, path_string
 
 
@@ -40,19 +43,24 @@ def apply_updates(params, updates, key: jax.Array | None = None):
   if key is None:
     return optax.apply_updates(params, updates)
 
-  def add(path, param, update):
-    if param is None or param.dtype != jnp.bfloat16:
-      return optax.apply_updates(param, update)
-    total = param.astype(jnp.float32) + update.astype(jnp.float32)
-    leaf_key = fold_in_path(key, path_string(path))
-    if total.ndim < 2:
-      return round_stochastically(total, leaf_key)
-    layers = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(
-      jnp.arange(total.shape[0], dtype=jnp.uint32)
-    )
-    return jax.vmap(round_stochastically)(total, layers)
+  def add_all(params, updates, key):
+    add_leaf = functools.partial(_add, key)
+    return jax.tree_util.tree_map_with_path(add_leaf, params, updates, is_leaf=lambda x: x is None)
 
-  return jax.tree_util.tree_map_with_path(add, params, updates, is_leaf=lambda x: x is None)
+  return explicit.on_auto_axes(add_all, params, params, updates, key)
+
+
+def _add(key, path, param, update):
+  if param is None or param.dtype != jnp.bfloat16:
+    return optax.apply_updates(param, update)
+  total = param.astype(jnp.float32) + update.astype(jnp.float32)
+  leaf_key = fold_in_path(key, path_string(path))
+  if total.ndim < 2:
+    return round_stochastically(total, leaf_key)
+  layers = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(
+    jnp.arange(total.shape[0], dtype=jnp.uint32)
+  )
+  return jax.vmap(round_stochastically)(total, layers)
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -91,7 +91,9 @@ def test_warm_start_follows_a_drifting_gradient(refresh):
     basis = refresh(jnp.asarray(matrix, jnp.float32), basis, jax.random.key(step))
     assert _captured(basis, matrix) > 0.999
   # Without the warm start: the first basis no longer captures what the gradient has become.
-  first = refresh(jnp.asarray(HARD['gaussian'](), jnp.float32), jnp.eye(48, RANK), jax.random.key(0))
+  first = refresh(
+    jnp.asarray(HARD['gaussian'](), jnp.float32), jnp.eye(48, RANK), jax.random.key(0)
+  )
   assert _captured(first, matrix) < 0.9
 
 
@@ -112,9 +114,11 @@ def test_zero_gradient_keeps_the_basis(basis):
 
 
 def test_nothing_larger_than_r_by_r_is_factorised():
-  traced = str(jax.make_jaxpr(bases.subspace_iteration().refresh)(
-    jnp.zeros(SHAPE), jnp.zeros((48, RANK)), jax.random.key(0)
-  ))
+  traced = str(
+    jax.make_jaxpr(bases.subspace_iteration().refresh)(
+      jnp.zeros(SHAPE), jnp.zeros((48, RANK)), jax.random.key(0)
+    )
+  )
   factorised = [line for line in traced.splitlines() if 'cholesky' in line or 'triangular' in line]
   assert factorised
   assert all(f'f32[{RANK},{RANK}]' in line for line in factorised if 'f32[' in line)
