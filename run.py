@@ -11,13 +11,12 @@ import signal
 # Until training starts there is nothing to save; sys.exit could be swallowed by an import.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
-import re  # noqa: E402
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from memjax.config import field_names, nearest, run_name  # noqa: E402
+from memjax.config import check_field, load, run_name  # noqa: E402
 from memjax.train import train  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
@@ -45,24 +44,24 @@ def main(argv):
 
 
 def parse_flags(argv):
-  """Parses the command line; a field that does not exist is answered with the nearest one that
-  does.
-  """
+  """Parses the command line; what is wrong with it is one sentence, not a traceback."""
   try:
     remaining = flags.FLAGS(argv)
     if CONFIG.value is None:
       raise SystemExit('run.py: say which experiment, as --config=configs/quickstart.py')
     CONFIG.value.to_dict()  # A config file that could not be read shows here.
     return remaining
-  except (AttributeError, KeyError) as e:
-    field = re.search(r"'(\w+)'", str(e))
-    if field is None:
-      raise
-    raise SystemExit(
-      f'run.py: the config has no field {field[1]!r}; {nearest(field[1], field_names())}'
-    ) from e
-  except OSError as e:
-    raise SystemExit(f'run.py: {e}') from e
+  except (flags.Error, AttributeError, KeyError, OSError) as e:
+    error = e
+  options = dict(arg.lstrip('-').partition('=')[::2] for arg in argv[1:])
+  try:  # Our own reading of the same says it better.
+    config = load(options['config']) if options.get('config') else None
+    for name in options:
+      if config and name.startswith('config.'):
+        check_field(config, name.partition('.')[2])
+  except ValueError as e:
+    error = e
+  raise SystemExit(f'run.py: {error}')
 
 
 def run(argv):

@@ -36,6 +36,7 @@ MAY_CHANGE = (
   'eval_every',
   'eval_tokens',
   'checkpoint',
+  'data.cache_dir',
   'mesh',
   'cpu_devices',
   'sample',
@@ -163,12 +164,17 @@ def nearest(word: str, known) -> str:
   return f'the nearest is {close[0]!r}' if close else f'there are {", ".join(sorted(known))}'
 
 
-def field_names() -> set[str]:
-  """Returns the last name of every field of a config, and of every argument of every optimizer."""
-  names = {path.split('.')[-1] for path, _ in _leaves(default().to_dict())}
-  groups = {path.split('.')[0] for path, _ in _leaves(default().to_dict())}
-  arguments = {a for f in optimizers.OPTIMIZERS.values() for a in inspect.signature(f).parameters}
-  return names | groups | arguments
+def check_field(c: ConfigDict, path: str) -> None:
+  """Raises a `ValueError` if a config has no field such as `optimizer.rank`, with the nearest in
+  that group.
+  """
+  group = c
+  for name in path.split('.'):
+    if not isinstance(group, ConfigDict):
+      raise ValueError(f'config.{path} does not exist: what is before .{name} is a single field')
+    if name not in group:
+      raise ValueError(f'the config has no field {path!r}; {nearest(name, group.keys())}')
+    group = group[name]
 
 
 def validate(c: ConfigDict) -> None:
@@ -212,7 +218,11 @@ def check_same_run(old: dict, new: dict) -> list[str]:
   a, b = dict(_leaves(old)), dict(_leaves(new))
   different = sorted(k for k in {*a, *b} if _plain(a.get(k)) != _plain(b.get(k)))
   lines = [f'{k}: {a.get(k)!r} there, {b.get(k)!r} here' for k in different]
-  fatal = [line for k, line in zip(different, lines) if k.split('.')[0] not in MAY_CHANGE]
+  fatal = [
+    line
+    for k, line in zip(different, lines)
+    if k not in MAY_CHANGE and k.split('.')[0] not in MAY_CHANGE
+  ]
   if fatal:
     raise ValueError(
       'the work directory belongs to another config (' + '; '.join(fatal) + '); choose another '
