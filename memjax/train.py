@@ -45,7 +45,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
   Raises:
     ValueError: for a config, mesh, data source or work directory that cannot work, before anything
       is allocated.
-    FloatingPointError: when the loss is not finite, naming the step.
+    FloatingPointError: when a loss or gradient is not finite, naming the step.
   """
   directory = pathlib.Path(directory)
   with Preemption() as preemption:
@@ -110,9 +110,15 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
         writer.write(finished, values)
         progress.say(f'step {finished}  validation loss {values["eval/loss"]:.4f}')
 
+    def save(finished, state, values, force):
+      if force or finished % config.checkpoint.every == 0:
+        check_finite(finished, values)  # So that what is saved can be resumed.
+      with progress.pause():
+        checkpoints.maybe_save(state, finished, {}, force=force)
+
     # ---- The loop.
     preemption.defer()
-    finished = first
+    finished, values = first, {}
     with checkpoints, writer, progress:
       evaluate_if_due(finished, state)
       while finished < config.steps and not preemption.requested():
@@ -122,10 +128,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
         if finished % config.log_every == 0 or finished == config.steps:
           log(finished, values, parts.schedule, writer, progress)
         evaluate_if_due(finished, state)
-        with progress.pause():
-          checkpoints.maybe_save(state, finished, {}, force=finished == config.steps)
+        save(finished, state, values, force=finished == config.steps)
       if finished < config.steps:
-        checkpoints.maybe_save(state, finished, {}, force=True)
+        save(finished, state, values, force=True)
         progress.say(f'stopped after step {finished}, as asked; the same command resumes')
 
     # ---- What is left for people to look at.
@@ -162,23 +167,25 @@ def compile_step(parts: build_lib.Parts):
 
 
 def log(finished: int, values: dict, schedule, writer, progress) -> None:
-  """Writes one line of metrics; waits for the step.
-
-  Raises:
-    FloatingPointError: when the loss is not finite.
-  """
+  """Writes one line of metrics; waits for the step."""
+  check_finite(finished, values)
   values = {name: float(value) for name, value in jax.device_get(values).items()}
-  if not np.isfinite(values['train/loss']):
-    raise FloatingPointError(
-      f'the loss is {values["train/loss"]} after step {finished}; the checkpoints before it are '
-      'sound. Try a lower optimizer.learning_rate, a clip_norm of 1.0, or a longer warm-up'
-    )
   values['train/learning_rate'] = float(schedule(finished - 1))
   memory = metrics.live_memory_mib()
   speed = progress.report(
     finished, values['train/loss'], values['train/learning_rate'], memory['memory/live_mib']
   )
   writer.write(finished, values | speed | memory)
+
+
+def check_finite(finished: int, values: dict) -> None:
+  """Raises a `FloatingPointError` unless the step's loss and gradient are finite; waits for it."""
+  for name, value in jax.device_get(values).items():
+    if not np.isfinite(value):
+      raise FloatingPointError(
+        f'{name} is {value} after step {finished}; the checkpoints before it are sound. Try a '
+        'lower optimizer.learning_rate, a clip_norm of 1.0, or a longer warm-up'
+      )
 
 
 def sample(config: ConfigDict, model, params, tokenizer) -> str:

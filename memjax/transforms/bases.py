@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Bases are compared with their own successors over thousands of steps: a TPU's default of one
-# bf16 pass would leave them orthonormal to two digits only.
-PRECISION = lax.Precision.HIGHEST
+# Of the products that make columns orthonormal: a TPU's default of one bf16 pass would leave them
+# so to two digits only, and they are compared with their successors over thousands of steps. The
+# products with the gradient follow JAX's default, like every product of the model: an error there
+# tilts the subspace by its own size and no more.
+PRECISION = lax.Precision.HIGH
 
 
 class Basis(NamedTuple):
@@ -31,12 +33,12 @@ class Basis(NamedTuple):
 def subspace_iteration(iterations: int = 1, cold_iterations: int = 4) -> Basis:
   r"""Follows the leading singular vectors, starting from the previous basis.
 
-  One iteration is :math:`Z = \mathrm{orth}(G^T P)`, :math:`P \leftarrow \mathrm{orth}(G Z)`: four
-  products and factorisations of `[r, r]`. Nothing larger is factorised, so `G` and `P` keep
-  whatever sharding they have; what is communicated is `r (m + n)` numbers for the products and
-  `r * r` for each Gram matrix, never `m n`. Gradients of successive refreshes share most of their
-  leading subspace, which is why one iteration from the previous basis is enough; the first basis
-  starts from Gaussian noise and takes `cold_iterations`.
+  One iteration is :math:`P \leftarrow \mathrm{orth}(G G^T P)`: two products and a factorisation of
+  `[r, r]`. Nothing larger is factorised, so `G` and `P` keep whatever sharding they have; what is
+  communicated is `r (m + n)` numbers for the products and `r * r` for each Gram matrix, never
+  `m n`. Gradients of successive refreshes share most of their leading subspace, which is why one
+  iteration from the previous basis is enough; the first basis starts from random signs and takes
+  `cold_iterations`.
 
   Args:
     iterations: Iterations at each refresh.
@@ -56,15 +58,14 @@ def subspace_iteration(iterations: int = 1, cold_iterations: int = 4) -> Basis:
 
   def refresh(gradient, previous, key):
     (_, n), rank = gradient.shape, previous.shape[1]
-    noise = jax.random.normal(key, (n, rank), previous.dtype)
+    noise = jax.random.rademacher(key, (n, rank), previous.dtype)
     cold = jnp.array_equal(previous, jnp.eye(*previous.shape, dtype=previous.dtype))
 
     def iterate(step, basis):
-      right = jnp.where(cold & (step == 0), noise, _dot(gradient.T, basis))
-      right = orthonormalise(right, fill=noise)
+      right = jnp.where(cold & (step == 0), noise, gradient.T @ basis)
       # Where the gradient has fewer than r independent directions, the old ones stay: in exact
-      # arithmetic basis^T (gradient right) is triangular with a diagonal >= 0.
-      return orthonormalise(_dot(gradient, right), fill=basis)
+      # arithmetic basis^T G G^T basis is positive semi-definite, and cancels none of them.
+      return orthonormalise(gradient @ _unit_scale(right), fill=basis)
 
     basis = lax.fori_loop(0, jnp.where(cold, cold_iterations, iterations), iterate, previous)
     return jnp.where(jnp.any(gradient != 0), basis, previous)
@@ -96,25 +97,22 @@ def fix_signs(basis):
   return basis * jnp.sign(jnp.take_along_axis(basis, largest, axis=0))
 
 
-def orthonormalise(tall, fill, passes: int = 3):
+def orthonormalise(tall, fill, passes: int = 4):
   """Gives `tall` `[m, r]` orthonormal columns with the same leading spans, by Cholesky-QR.
 
   Only the Gram matrix `[r, r]` is factorised. `fill` `[m, r]` supplies directions that `tall` has
-  not got; it enters at 1e-6, just above the rounding errors of an f32 product. A pass raises a
-  small singular value about a hundredfold and leaves the large ones at 1, so that three passes
-  suffice. Their number is fixed and not "until converged": a loop with collectives inside must run
-  equally often on every device of a mesh.
+  not got; it enters at 1e-6, just above the rounding errors of an f32 product. A shifted pass
+  raises a small singular value about a hundredfold and leaves the large ones at 1, so that after
+  three the last needs no shift. Their number is fixed and not "until converged": a loop with
+  collectives inside must run equally often on every device of a mesh.
   """
   tall = _unit_scale(tall) + 1e-6 * fill
   # A loop and not three copies: a program holds one factorisation a leaf and side, and compiles
   # faster.
-  tall = lax.fori_loop(0, passes, lambda _, tall: _shifted_cholesky_qr(tall), tall)
-  # One Newton-Schulz step squares the error that the shift left.
-  identity = jnp.eye(tall.shape[1], dtype=tall.dtype)
-  return _dot(tall, 1.5 * identity - 0.5 * _dot(tall.T, tall))
+  return lax.fori_loop(0, passes, lambda _, tall: _cholesky_qr(tall), tall)
 
 
-def _shifted_cholesky_qr(tall):
+def _cholesky_qr(tall):
   """Multiplies `tall` by the inverse of its Gram matrix's Cholesky factor."""
   gram = _dot(tall.T, tall)
   # Columns of unit length: for columns near singular vectors that alone makes the Gram matrix well
@@ -124,17 +122,22 @@ def _shifted_cholesky_qr(tall):
   gram = gram * scales[:, None] * scales[None, :]
   identity = jnp.eye(*gram.shape, dtype=gram.dtype)
 
-  # The shift must exceed the Gram matrix's rounding errors, which add up for nearly equal columns.
+  # Without a shift first: then the columns come out orthonormal to rounding. A Gram matrix that is
+  # singular to rounding takes one that exceeds its rounding errors, which add up for nearly equal
+  # columns.
+  least = gram.shape[0] * float(jnp.finfo(gram.dtype).eps)
+
   def failed(carry):
     shift, lower = carry
     return jnp.isnan(lower[-1, -1]) & (shift < 1)
 
   def factorise(carry):
-    shift = 8 * carry[0]
-    return shift, jnp.linalg.cholesky(gram + shift * identity)
+    shift, _ = carry
+    lower = jnp.linalg.cholesky(gram + shift * identity)
+    return jnp.maximum(8 * shift, least), lower
 
-  shift = jnp.asarray(0.5 * gram.shape[0] * jnp.finfo(gram.dtype).eps, gram.dtype)
-  _, lower = lax.while_loop(failed, factorise, (shift, jnp.full_like(gram, jnp.nan)))
+  start = jnp.zeros_like(gram[0, 0]), jnp.full_like(gram, jnp.nan)
+  _, lower = lax.while_loop(failed, factorise, start)
   inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True).T
   # Multiplying by the inverse, instead of a solve with `tall`, leaves `tall` as it is sharded.
   return _dot(tall, scales[:, None] * inverse)

@@ -51,7 +51,7 @@ def project(
 
   Under Adam a matrix keeps `r (a + 2 c)` f32 numbers, `a` its shorter and `c` its longer side,
   against `2 a c`; for `side='both'`, `r (m + n + 2 r)`. Arithmetic is f32 whatever the leaf's dtype
-  (f64 for f64). An update costs two products, `4 m n r` flops; a refresh about as much again with
+  (f64 for f64), its products at `jax_default_matmul_precision`. An update costs two products, `4 m n r` flops; a refresh about as much again with
   `subspace_iteration`. Sharded over m or n, an update communicates `R`, never an `[m, n]` matrix.
 
   All units are numbered through; with `stagger` unit `u` of `N` refreshes when `count %
@@ -275,18 +275,18 @@ def _project(plan: Plan, gradient, left, right):
   """`[..., m, n]` to `[..., r, n]`, `[..., m, r]` or `[..., r, r]`."""
   gradient = gradient.astype(_dtype(gradient))
   if plan.left:
-    gradient = _dot(left.mT, gradient)
+    gradient = left.mT @ gradient
   if plan.right:
-    gradient = _dot(gradient, right.mT)
+    gradient = gradient @ right.mT
   return gradient
 
 
 def _back(update, left: Any, right: Any):
   """Undoes `_project`, within the subspace."""
   if not isinstance(left, optax.MaskedNode):
-    update = _dot(left, update)
+    update = left @ update
   if not isinstance(right, optax.MaskedNode):
-    update = _dot(update, right)
+    update = update @ right
   return update
 
 

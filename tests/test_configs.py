@@ -1,0 +1,113 @@
+"""Every config file loads and builds at full size as shapes; `:smoke` trains."""
+
+import pathlib
+
+import jax
+import launch
+import pytest
+
+from memjax import config as config_lib
+from memjax import models, sharding
+from memjax.build import build
+from memjax.train import train
+
+FILES = sorted(p.name for p in (launch.ROOT / 'configs').glob('*.py'))
+
+# GaLore (arXiv 2403.03507), section 5 and appendix C, and the official scripts. Parameters by hand:
+# 2 V D + L (4 D^2 + 3 D F + 2 D) + D, for vocabulary V, width D, L layers of inner width F.
+PUBLISHED = {  # size: rank, updates, learning rate, refresh every, clip norm, parameters.
+  '60m': (128, 10_000, 0.01, 200, 0.0, 58_073_600),
+  '130m': (256, 20_000, 0.01, 200, 0.0, 134_105_856),
+  '350m': (256, 60_000, 0.01, 200, 0.0, 367_969_280),
+  '1b': (512, 100_000, 0.01, 200, 0.0, 1_339_082_752),
+  '7b': (1024, 150_000, 0.005, 500, 1.0, 6_738_415_616),
+}
+
+
+@pytest.fixture(params=FILES)
+def file(request, monkeypatch):
+  monkeypatch.chdir(launch.ROOT)
+  return f'configs/{request.param}'
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def test_every_file_is_tested():
+  assert len(FILES) == 2 * len(PUBLISHED) + 1
+
+
+@pytest.mark.parametrize('arg', ['', ':smoke'])
+def test_a_config_file_loads_and_builds_as_shapes(file, arg):
+  c = config_lib.load(file + arg)
+  mesh = sharding.make_mesh(data=1, fsdp=-1)
+  parts = build(c, mesh)
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.state))
+  assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(parts.state))
+
+
+@pytest.mark.parametrize('size', PUBLISHED)
+def test_the_published_recipes(size):
+  rank, steps, learning_rate, refresh_every, clip_norm, params = PUBLISHED[size]
+  galore = config_lib.load(str(launch.ROOT / f'configs/galore_llama{size}.py'))
+  adamw = config_lib.load(str(launch.ROOT / f'configs/adamw_llama{size}.py'))
+  for c in (galore, adamw):
+    assert c.steps == steps
+    assert (c.batch_size, c.seq_len) == (512, 256)
+    assert c.clip_norm == clip_norm
+    assert (c.param_dtype, c.compute_dtype) == ('bfloat16', 'bfloat16')
+    assert c.schedule.to_dict() == dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
+    assert models.create(c.model).num_params() == params
+  o = galore.optimizer
+  assert (o.name, o.rank, o.refresh_every, o.scale) == ('galore', rank, refresh_every, 0.25)
+  assert o.learning_rate == learning_rate
+  assert (o.b1, o.b2, o.eps, o.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
+  assert adamw.optimizer.name == 'adamw'
+
+
+def test_the_official_rank_of_1b_is_an_argument():
+  c = config_lib.load(str(launch.ROOT / 'configs/galore_llama1b.py:rank=1024'))
+  assert c.optimizer.rank == 1024
+
+
+@pytest.mark.parametrize('method', ['galore', 'adamw'])
+def test_a_smoke_config_trains(method, tmp_path):
+  """One size: the smoke configs of the others differ in nothing that runs."""
+  c = config_lib.load(str(launch.ROOT / f'configs/{method}_llama60m.py:smoke'))
+  c.steps, c.eval_every, c.sample.tokens = 2, 0, 0
+  result = train(c, tmp_path, devices=jax.devices()[:1])
+  assert result['step'] == 2
+  first, second = launch.losses(tmp_path).values()
+  assert second < first < 6.6  # ln 512 = 6.24, and what the initial weights add.
+  assert {x.dtype.name for x in jax.tree.leaves(result['state']['params'])} == {'bfloat16'}
+
+
+def test_smoke_configs_differ_only_in_what_the_size_decides():
+  smoke = [
+    config_lib.load(str(launch.ROOT / f'configs/galore_llama{size}.py:smoke')).to_dict()
+    for size in PUBLISHED
+  ]
+  for c in smoke:
+    c['remat'] = c['clip_norm'] = c['optimizer']['learning_rate'] = None
+  assert all(c == smoke[0] for c in smoke)
+
+
+def test_another_optimizer_by_name_alone():
+  c = config_lib.load(str(launch.ROOT / 'configs/quickstart.py:smoke'))
+  c.optimizer.name = 'adamw'
+  parts = build(c, one_device())
+  moments = [x for x in jax.tree.leaves(parts.state['opt']) if x.ndim > 1]
+  matrices = [x for x in jax.tree.leaves(parts.state['params']) if x.ndim > 1]
+  assert len(moments) == 2 * len(matrices)  # Two full-rank moments a matrix, and no basis.
+
+
+def test_the_work_directory_is_named_after_the_config():
+  assert config_lib.run_name('configs/quickstart.py') == 'quickstart'
+  assert config_lib.run_name('configs/quickstart.py:smoke,method=adamw').startswith('quickstart-')
+
+
+def test_docstrings_show_the_command():
+  for name in FILES:
+    text = pathlib.Path(launch.ROOT / 'configs' / name).read_text()
+    assert f'python run.py --config=configs/{name}' in text
