@@ -7,6 +7,8 @@ import launch
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 FLAGS = (
   f'--config.steps={STEPS}',
@@ -78,7 +80,8 @@ def test_each_process_reads_only_its_rows(two):
 
 
 def test_only_process_0_writes_and_prints(two):
-  assert (two / 'out').read_text().strip() == ''
+  printed = (two / 'out').read_text().splitlines()
+  assert all(line.startswith('[Gloo]') for line in printed), printed
   assert len(list((two / 'run').glob('events.*'))) == 1
   steps = [row['step'] for row in launch.lines(two / 'run') if 'train/loss' in row]
   assert steps == list(range(1, STEPS + 1))
