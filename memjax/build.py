@@ -40,13 +40,19 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
   model = build_model(config, mesh)
   schedule = build_schedule(config)
-  transform = build_transform(config, schedule)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  shardings = sharding.param_shardings(params, model.SHARDING, mesh)
+  transform = build_transform(config, schedule, sharding.layout(params, shardings))
 
   def init(key):
     return whole_tree.init_state(model.init, transform, key)
 
   state = jax.eval_shape(init, jax.random.key(0))
-  shardings = _state_shardings(state, model.SHARDING, mesh)
+  shardings = {
+    'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    'params': shardings,
+    'opt': sharding.state_shardings(state['opt'], params, shardings),
+  }
   state = _place(state, shardings)
   train_step = whole_tree.make_train_step(
     model.loss,
@@ -90,15 +96,22 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
   )
 
 
-def build_transform(config: ConfigDict, learning_rate) -> optax.GradientTransformation:
-  """Returns the optimizer of a config; arguments that only other optimizers take are not given to
-  it.
+def build_transform(config: ConfigDict, learning_rate, layout=None) -> optax.GradientTransformation:
+  """Returns the optimizer of a config.
+
+  Arguments that only other optimizers take are not given to it.
+
+  Args:
+    config: Read for `optimizer`.
+    learning_rate: A number or a schedule, in place of the config's peak.
+    layout: See `memjax.sharding.layout`; given to the optimizers that take it.
   """
-  arguments = config.optimizer.to_dict()
-  factory = optimizers.OPTIMIZERS[arguments.pop('name')]
-  known = inspect.signature(factory).parameters
-  arguments = {k: v for k, v in arguments.items() if k in known} | {'learning_rate': learning_rate}
-  return factory(**arguments)
+  name = config.optimizer.name
+  arguments = {k: config.optimizer.get(k, v) for k, v in optimizers.arguments(name).items()}
+  factory = optimizers.OPTIMIZERS[name]
+  if 'layout' in inspect.signature(factory).parameters:
+    arguments['layout'] = layout
+  return factory(**arguments | {'learning_rate': learning_rate})
 
 
 def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:
@@ -116,15 +129,6 @@ def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:
 def root_key(config: ConfigDict, purpose: str) -> jax.Array:
   """Returns the root key of one kind of draw, from the config's seed."""
   return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(purpose.encode()))
-
-
-def _state_shardings(state, rules, mesh):
-  params = sharding.param_shardings(state['params'], rules, mesh)
-  return {
-    'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
-    'params': params,
-    'opt': sharding.state_shardings(state['opt'], state['params'], params),
-  }
 
 
 def _place(shapes, shardings):

@@ -18,7 +18,6 @@ types cannot.
 
 import ast
 import difflib
-import inspect
 import pathlib
 import re
 import runpy
@@ -92,13 +91,13 @@ def optimizer(name: str, **arguments) -> ConfigDict:
   Raises:
     ValueError: for an unknown name or argument, with the nearest one that exists.
   """
-  factory = _look_up('optimizer', name, optimizers.OPTIMIZERS)
-  known = {p.name: p.default for p in inspect.signature(factory).parameters.values()}
+  _look_up('optimizer', name, optimizers.OPTIMIZERS)
+  known = optimizers.arguments(name)
   for field in arguments:
     if field not in known:
       raise ValueError(f'optimizer {name!r} has no argument {field!r}; {nearest(field, known)}')
   filled = {k: arguments.get(k, v) for k, v in known.items()}
-  missing = [k for k, v in filled.items() if v is inspect.Parameter.empty]
+  missing = [k for k, v in filled.items() if v is optimizers.REQUIRED]
   if missing:
     raise ValueError(f'optimizer {name!r} needs {", ".join(missing)}')
   return ConfigDict(dict(name=name, **filled))
@@ -235,9 +234,9 @@ def _check_optimizer(fields: dict) -> None:
   """Names only; arguments that another optimizer takes are left unread, so that `name` alone can be
   overridden.
   """
-  factory = _look_up('optimizer', fields.get('name'), optimizers.OPTIMIZERS)
-  known = set(inspect.signature(factory).parameters)
-  foreign = {a for f in optimizers.OPTIMIZERS.values() for a in inspect.signature(f).parameters}
+  _look_up('optimizer', fields.get('name'), optimizers.OPTIMIZERS)
+  known = set(optimizers.arguments(fields['name']))
+  foreign = {a for name in optimizers.OPTIMIZERS for a in optimizers.arguments(name)}
   for field in fields:
     if field not in known | foreign | {'name'}:
       raise ValueError(f'optimizer has no argument {field!r}; {nearest(field, known)}')

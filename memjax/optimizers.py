@@ -1,10 +1,12 @@
 """Ready optimizers by name, with arguments that a config can hold: numbers and words.
 
 Every factory takes `learning_rate` (a number or a schedule) and returns an
-`optax.GradientTransformation` whose updates are added to the parameters. State is f32 whatever the
-dtype of the parameters. Notebooks call the functions of `memjax` and `optax` themselves.
+`optax.GradientTransformation` whose updates are added to the parameters; on a mesh, some take
+`layout`, see `memjax.sharding.layout`. State is f32 whatever the dtype of the parameters. Notebooks
+call the functions of `memjax` and `optax` themselves.
 """
 
+import inspect
 import re
 
 import jax
@@ -59,6 +61,8 @@ def galore(
   eps=1e-8,
   weight_decay=0.0,
   targets='',
+  *,
+  layout=None,
 ):
   """GaLore (Zhao et al., 2024); see `memjax.galore`. `targets` is a regex on leaf paths, '' the
   published choice.
@@ -79,7 +83,8 @@ def galore(
     stagger=stagger,
     weight_decay=weight_decay,
     mask=decays,
-    **({'targets': targets} if targets else {}),
+    targets=targets or None,
+    layout=layout,
   )
 
 
@@ -91,6 +96,15 @@ def decays(params):
     return leaf.ndim > 1 and not re.search('norm|bias|scale', name)
 
   return jax.tree_util.tree_map_with_path(decide, params)
+
+
+REQUIRED = inspect.Parameter.empty  # Default of an argument that has none.
+
+
+def arguments(name):
+  """Returns the arguments of an optimizer that a config may hold, with their defaults."""
+  parameters = inspect.signature(OPTIMIZERS[name]).parameters.values()
+  return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 BASES = {'subspace_iteration': transforms.subspace_iteration, 'svd': transforms.svd}

@@ -102,6 +102,31 @@ def state_shardings(state, params, shardings):
   return jax.tree_util.tree_map_with_path(derive, state)
 
 
+def layout(params, shardings):
+  """Returns `impose(path, leaf)`, which keeps what descends from a parameter on its axes.
+
+  The sharding imposed is the one `state_shardings` gives to state of the leaf's shape, so that
+  arithmetic between the two moves nothing.
+
+  Args:
+    params: Tree of arrays or shapes.
+    shardings: Tree of `NamedSharding`, one a parameter.
+  """
+  owners = {
+    path_name(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+    )
+  }
+
+  def impose(path, leaf):
+    shape, sharding = owners[path]
+    spec = _inherit(leaf.shape, shape, sharding.spec, sharding.mesh)
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
+
+  return impose
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is the batch: over `data` and `fsdp`."""
   return NamedSharding(mesh, BATCH)

@@ -16,8 +16,10 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     inner: Any transform.
 
   >>> leaf = jnp.ones((2, 3), jnp.bfloat16)
-  >>> optax.scale_by_adam().init(leaf).nu.dtype,
-  in_float32(optax.scale_by_adam()).init(leaf).nu.dtype (dtype(bfloat16), dtype('float32'))
+  >>> optax.scale_by_adam().init(leaf).nu.dtype
+  dtype(bfloat16)
+  >>> in_float32(optax.scale_by_adam()).init(leaf).nu.dtype
+  dtype('float32')
   """
   inner = optax.with_extra_args_support(inner)
 

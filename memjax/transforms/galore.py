@@ -1,7 +1,9 @@
 """GaLore: Adam in the leading singular subspace of the gradient."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import optax
 
 from memjax.transforms.bases import Basis
@@ -22,6 +24,7 @@ def scale_by_galore(
   moments: Literal['keep', 'rotate'] = 'keep',
   stagger: bool = True,
   targets: Targets = None,
+  layout: Callable[[str, jax.Array], jax.Array] | None = None,
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Rescales updates by Adam, in a rank-`r` subspace for the layers' matrices.
@@ -44,6 +47,7 @@ def scale_by_galore(
     moments: `'keep'` as published, or `'rotate'`; see `project`.
     stagger: False refreshes all bases in the same update, as published.
     targets: `default_targets` if None; see `project`.
+    layout: Imposes a sharding on projected leaves; see `project`.
     seed: Seed of the noise that `subspace_iteration` starts from.
 
   Returns:
@@ -66,6 +70,7 @@ def scale_by_galore(
     moments=moments,
     stagger=stagger,
     targets=default_targets if targets is None else targets,
+    layout=layout,
     seed=seed,
   )
 
@@ -84,6 +89,7 @@ def galore(
   moments: Literal['keep', 'rotate'] = 'keep',
   stagger: bool = True,
   targets: Targets = None,
+  layout: Callable[[str, jax.Array], jax.Array] | None = None,
   seed: int = 0,
   weight_decay: float = 0.0,
   mask: Any = None,
@@ -119,6 +125,7 @@ def galore(
     moments: As `scale_by_galore`.
     stagger: As `scale_by_galore`.
     targets: As `scale_by_galore`.
+    layout: As `scale_by_galore`.
     seed: As `scale_by_galore`.
     weight_decay: Decoupled decay, times the learning rate and not times `scale`.
     mask: Leaves to decay, as in `optax.adamw`.
@@ -142,6 +149,7 @@ def galore(
       moments=moments,
       stagger=stagger,
       targets=targets,
+      layout=layout,
       seed=seed,
     ),
     optax.add_decayed_weights(weight_decay, mask),

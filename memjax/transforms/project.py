@@ -6,6 +6,7 @@ state keeps its parameter's axes in place, one of the last two replaced by `r`, 
 parameter's sharding is the state's.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ def project(
   moments: Literal['keep', 'rotate'] = 'keep',
   stagger: bool = True,
   targets: Targets = None,
+  layout: Callable[[str, jax.Array], jax.Array] | None = None,
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs `inner` on gradients projected to a rank-`r` subspace.
@@ -51,8 +53,9 @@ def project(
 
   Under Adam a matrix keeps `r (a + 2 c)` f32 numbers, `a` its shorter and `c` its longer side,
   against `2 a c`; for `side='both'`, `r (m + n + 2 r)`. Arithmetic is f32 whatever the leaf's dtype
-  (f64 for f64), its products at `jax_default_matmul_precision`. An update costs two products, `4 m n r` flops; a refresh about as much again with
-  `subspace_iteration`. Sharded over m or n, an update communicates `R`, never an `[m, n]` matrix.
+  (f64 for f64), its products at `jax_default_matmul_precision`. An update costs two products, `4 m
+  n r` flops; a refresh about as much again with `subspace_iteration`. Sharded over m or n, an
+  update communicates `R`, never an `[m, n]` matrix.
 
   All units are numbered through; with `stagger` unit `u` of `N` refreshes when `count %
   refresh_every == u * refresh_every // N`, so that an update refreshes `ceil(N / refresh_every)`
@@ -82,6 +85,9 @@ def project(
     stagger: False refreshes all units in the same update, as published.
     targets: Leaves to project: None for every leaf with two axes or more, a regular expression
       searched in paths such as `'blocks/attn/q/kernel'`, or a function of (path, leaf).
+    layout: Function of (path, projected leaf) that returns the leaf with a sharding imposed on it,
+      such as `memjax.sharding.layout(...)`; None leaves it to the compiler, which on a mesh may
+      gather `inner`'s moments where it need only gather its answer.
     seed: Seed of the noise that `subspace_iteration` starts from.
 
   Returns:
@@ -100,6 +106,9 @@ def project(
   _check(rank, side, refresh_every, basis, moments)
   basis = subspace_iteration() if basis is None else basis
   inner = optax.with_extra_args_support(inner)
+
+  def impose(plan, leaf):
+    return leaf if layout is None or not plan.projected else layout(plan.path, leaf)
 
   def init(params):
     plans = plan_leaves(params, rank, side, targets)
@@ -140,12 +149,14 @@ def project(
         for index, moment in held.items():
           inner_leaves[index] = moment
 
-    projected = treedef.unflatten(map(_project, plans, gradients, left, right))
+    projected = treedef.unflatten(
+      impose(plan, _project(plan, g, p, q)) for plan, g, p, q in zip(plans, gradients, left, right)
+    )
     outputs, inner_state = inner.update(
       projected, inner_treedef.unflatten(inner_leaves), None, **extra_args
     )
     outputs = [
-      (scale * _back(u, p, q) if plan.projected else u).astype(g.dtype)
+      (scale * _back(impose(plan, u), p, q) if plan.projected else u).astype(g.dtype)
       for plan, g, u, p, q in zip(plans, gradients, treedef.flatten_up_to(outputs), left, right)
     ]
     return treedef.unflatten(outputs), ProjectState(
