@@ -1,6 +1,9 @@
-"""Eight CPU devices for every test, so that meshes are real; shapes must match without rank
-promotion.
-"""
+"""Eight CPU devices for every test, so that meshes are real; shapes match without promotion."""
+
+import os
+
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Compiling for a TPU asks no metadata server,
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # in as many test processes as there are.
 
 import jax
 

@@ -69,7 +69,9 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     batch=batch_shapes(config.batch_size, config.seq_len, mesh),
     eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh),
     init=jax.jit(init, out_shardings=shardings),
-    step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+    # Every leaf stays an argument, also one that the transform only passes on: what the receipt
+    # counts is what is alive, and all of it is donated.
+    step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
     eval_step=jax.jit(whole_tree.make_eval_step(model.loss)),
   )
 
