@@ -13,7 +13,7 @@ import json
 import pathlib
 import statistics
 
-from absl import app, flags
+from absl import app, flags, logging
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -35,6 +35,7 @@ MIB = 2**20
 
 
 def main(_):
+  logging.set_verbosity(logging.WARNING)  # Checkpointing tells every step it takes at INFO.
   directory = pathlib.Path(WORKDIR.value)
   configs = {config_lib.run_name(spec): config_lib.load(spec) for spec in CONFIGS.value}
   check_same_tokens(configs)

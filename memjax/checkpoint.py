@@ -71,6 +71,8 @@ class Checkpoints:
       lightweight_initialize=True,  # Reads no files yet: a damaged one must not stop us here.
     )
     self._manager = ocp.CheckpointManager(_absolute(directory), options=options)
+    # Else orbax asks too at every save, with its own numbers, and the answer is lost between us.
+    self._manager.reached_preemption = lambda step: False
 
   def __enter__(self):
     return self
@@ -258,7 +260,9 @@ def _words(leaf):
   return lax.bitcast_convert_type(leaf, f'uint{bits}').astype(jnp.uint32)
 
 
-_digest = jax.jit(digest)
+@jax.jit
+def _digest_all(leaves):
+  return [digest(leaf) for leaf in leaves]
 
 
 @jax.jit
@@ -275,11 +279,20 @@ def _digest_by_slices(leaf):
 
 
 def _digests(leaves):
-  """Digest of each leaf, as `{path: int}`; all are under way before the first is waited for."""
-  digests = {}
-  for path, leaf in leaves.items():
-    on_host = leaf.sharding.memory_kind == 'pinned_host' and leaf.ndim > 0
-    digests[path] = _digest_by_slices(leaf) if on_host else _digest(leaf)
+  """Digest of each leaf, as `{path: int}`.
+
+  One program for all leaves on the device: as many as there are leaves, each with an all-reduce and
+  all under way at once, deadlock between processes on CPU.
+  """
+  on_host = [
+    path
+    for path, leaf in leaves.items()
+    if leaf.sharding.memory_kind == 'pinned_host' and leaf.ndim > 0
+  ]
+  on_device = [path for path in leaves if path not in on_host]
+  digests = dict(zip(on_device, _digest_all([leaves[path] for path in on_device])))
+  for path in on_host:
+    digests[path] = _digest_by_slices(leaves[path])
   return {path: int(value) for path, value in jax.device_get(digests).items()}
 
 

@@ -26,13 +26,15 @@ def evaluate(eval_step, params, split, batch, *, max_tokens=0, stop=lambda: Fals
   batches = split.eval_batches(batch_size)
   if max_tokens:
     batches = min(batches, math.ceil(max_tokens / (batch_size * seq_len)))
-  sums = []
+  total = count = 0.0
   for index in range(batches):
     if stop():
       return None
     rows = functools.partial(split.eval_rows, index, batch_size)
-    sums.append(eval_step(params, place(rows, batch)))
-  total, count = (math.fsum(map(float, x)) for x in zip(*jax.device_get(sums), strict=True))
+    # One batch at a time: programs that communicate and do not depend on each other can block each
+    # other on a CPU.
+    part, tokens = jax.device_get(eval_step(params, place(rows, batch)))
+    total, count = total + float(part), count + float(tokens)
   loss = total / count
   return {'eval/loss': loss, 'eval/perplexity': math.exp(min(loss, 700.0)), 'eval/tokens': count}
 

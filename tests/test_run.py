@@ -179,7 +179,6 @@ def test_sigterm_before_there_is_anything_to_save_exits_0(moment, tmp_path, cach
 # ---- Another mesh.
 
 
-@pytest.mark.slow
 def test_resuming_on_another_mesh_continues_the_losses(alone, tmp_path):
   """Resumes on 8 devices what one device began, and on 2 x 2 x 2 what 8 began."""
   workdir = tmp_path / 'run'
