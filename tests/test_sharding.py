@@ -46,7 +46,7 @@ def test_the_first_matching_rule_wins_and_every_leaf_needs_one():
   }
   first = (('kernel', P()), *RULES)
   assert specs(sharding.param_shardings(PARAMS, first, mesh))['blocks/attn/q/kernel'] == ()
-  with pytest.raises(ValueError, match='blocks/norm/scale.*no sharding rule'):
+  with pytest.raises(ValueError, match=r'blocks/norm/scale.*no sharding rule'):
     sharding.param_shardings(PARAMS, RULES[:2], mesh)
 
 

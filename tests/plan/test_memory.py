@@ -1,4 +1,4 @@
-"""The receipt: what shapes and shardings say against live arrays, and parts against the compiler."""
+"""The receipt: shapes and shardings against live arrays, and parts against the compiler."""
 
 import jax
 import numpy as np
