@@ -12,7 +12,7 @@ def cosine(peak, *, steps: int, warmup_steps: int, final_ratio: float = 0.1) -> 
   """Linear warm-up, then half a cosine from `peak` down to `final_ratio * peak` at `steps`.
 
   >>> multiplier = cosine(1.0, steps=10_000, warmup_steps=1_000)
-  >>> [round(float(multiplier(t)), 8) for t in (0, 500, 1_000, 5_500, 10_000)]
+  >>> [round(float(multiplier(t)), 6) for t in (0, 500, 1_000, 5_500, 10_000)]
   [0.0, 0.5, 1.0, 0.55, 0.1]
 
   Reference: Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983

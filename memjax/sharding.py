@@ -21,8 +21,8 @@ BATCH = PartitionSpec(('data', 'fsdp'))
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   """Returns a mesh over `devices`, default all; -1 for one axis takes what the others leave.
 
-  >>> make_mesh(fsdp=2).shape
-  OrderedDict({'data': 4, 'fsdp': 2, 'tensor': 1})
+  >>> dict(make_mesh(fsdp=2).shape)
+  {'data': 4, 'fsdp': 2, 'tensor': 1}
 
   Raises:
     ValueError: when the axes do not multiply to the number of devices.
