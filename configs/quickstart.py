@@ -19,7 +19,7 @@ METHODS = {
 
 
 def get_config(arg=''):
-  arg = parse_arg(arg, smoke=False, method='galore', steps=400, seq_len=128)
+  arg = parse_arg(arg, smoke=False, method='galore', steps=300, seq_len=128)
   if arg.method not in METHODS:
     raise ValueError(f'no method {arg.method!r}; there are {", ".join(METHODS)}')
   c = default()

@@ -7,8 +7,6 @@ import launch
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
-
 STEPS = 8
 FLAGS = (
   f'--config.steps={STEPS}',
@@ -87,6 +85,7 @@ def test_only_process_0_writes_and_prints(two):
   assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_the_same_step_and_both_resume(two, cache, tmp_path):
   workdir = tmp_path / 'run'
   # Slow steps: JAX looks for the signal once a second.
