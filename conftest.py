@@ -2,6 +2,7 @@
 
 import os
 
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # Of the processes that tests start, too.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Compiling for a TPU asks no metadata server,
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # in as many test processes as there are.
 
