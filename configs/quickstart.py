@@ -3,9 +3,9 @@ no network needed.
 
     python run.py --config=configs/quickstart.py
 
-Under 10 minutes on two CPU cores; validation loss from 9.0 to about 4.4 nats a token. `:smoke`
-takes seconds. Other methods, each with the learning rate that did best on a small grid:
-`:method=adamw`, `:method=adafactor`, `:method=galore_svd`.
+Under 10 minutes on two CPU cores. `:smoke` takes seconds. Other methods: `:method=adamw`,
+`:method=adafactor`, `:method=galore_svd`; with `steps=1000,seq_len=64` the validation loss ends at
+4.55, 4.62 and 4.25 nats a token, GaLore's at 4.26.
 """
 
 from memjax.config import default, optimizer, parse_arg

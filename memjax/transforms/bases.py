@@ -30,14 +30,14 @@ class Basis(NamedTuple):
   refresh: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def subspace_iteration(iterations: int = 1, cold_iterations: int = 4) -> Basis:
+def subspace_iteration(iterations: int = 2, cold_iterations: int = 4) -> Basis:
   r"""Follows the leading singular vectors, starting from the previous basis.
 
   One iteration is :math:`P \leftarrow \mathrm{orth}(G G^T P)`: two products and a factorisation of
   `[r, r]`. Nothing larger is factorised, so `G` and `P` keep whatever sharding they have; what is
   communicated is `r (m + n)` numbers for the products and `r * r` for each Gram matrix, never
-  `m n`. Gradients of successive refreshes share most of their leading subspace, which is why one
-  iteration from the previous basis is enough; the first basis starts from random signs and takes
+  `m n`. Gradients of successive refreshes share most of their leading subspace, which is why two
+  iterations from the previous basis are enough; the first basis starts from random signs and takes
   `cold_iterations`.
 
   Args:

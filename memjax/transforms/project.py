@@ -54,8 +54,8 @@ def project(
   Under Adam a matrix keeps `r (a + 2 c)` f32 numbers, `a` its shorter and `c` its longer side,
   against `2 a c`; for `side='both'`, `r (m + n + 2 r)`. Arithmetic is f32 whatever the leaf's dtype
   (f64 for f64), its products at `jax_default_matmul_precision`. An update costs two products, `4 m
-  n r` flops; a refresh about as much again with `subspace_iteration`. Sharded over m or n, an
-  update communicates `R`, never an `[m, n]` matrix.
+  n r` flops; a refresh with `subspace_iteration` four such products and the orthonormalisation of
+  `[m, r]`. Sharded over m or n, an update communicates `R`, never an `[m, n]` matrix.
 
   All units are numbered through; with `stagger` unit `u` of `N` refreshes when `count %
   refresh_every == u * refresh_every // N`, so that an update refreshes `ceil(N / refresh_every)`
