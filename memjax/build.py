@@ -72,7 +72,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     # Every leaf stays an argument, also one that the transform only passes on: what the receipt
     # counts is what is alive, and all of it is donated.
     step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
-    eval_step=jax.jit(whole_tree.make_eval_step(model.loss)),
+    eval_step=jax.jit(model.loss),
   )
 
 

@@ -14,6 +14,7 @@ import optax
 
 from memjax import transforms
 from memjax.transforms.float32 import in_float32
+from memjax.transforms.paths import path_string
 
 
 def adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
@@ -92,7 +93,7 @@ def decays(params):
   """Which leaves weight decay shrinks: not norms, biases and other vectors."""
 
   def decide(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    name = path_string(path)
     return leaf.ndim > 1 and not re.search('norm|bias|scale', name)
 
   return jax.tree_util.tree_map_with_path(decide, params)

@@ -14,6 +14,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from memjax.transforms.paths import path_string
+
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 
@@ -61,7 +63,7 @@ def param_shardings(params, rules, mesh: Mesh):
   """
 
   def decide(path, leaf):
-    name = path_name(path)
+    name = path_string(path)
     for pattern, spec in rules:
       if re.search(pattern, name):
         _check_divides(name, leaf.shape, spec, mesh)
@@ -113,7 +115,7 @@ def layout(params, shardings):
     shardings: Tree of `NamedSharding`, one a parameter.
   """
   owners = {
-    path_name(path): (leaf.shape, sharding)
+    path_string(path): (leaf.shape, sharding)
     for (path, leaf), sharding in zip(
       jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
     )
@@ -150,13 +152,8 @@ def bytes_per_device(tree, shardings) -> int:
   )
 
 
-def path_name(path) -> str:
-  """Returns a JAX key path as `blocks/attn/q/kernel`."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
 def _keys(path) -> tuple[str, ...]:
-  return tuple(path_name((key,)) for key in path)
+  return tuple(path_string((key,)) for key in path)
 
 
 def _ways(entry, mesh) -> int:

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from memjax import sharding
+from memjax.transforms.paths import path_string
 
 SHAPE = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 PARAMS = {
@@ -21,9 +22,7 @@ RULES = (
 
 
 def specs(tree):
-  return {
-    sharding.path_name(path): tuple(x.spec) for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  return {path_string(path): tuple(x.spec) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def test_minus_one_takes_the_devices_that_are_left():

@@ -8,6 +8,7 @@ import jax
 from rich.table import Table
 
 from memjax import sharding
+from memjax.transforms.paths import path_string
 
 MIB = 2**20
 
@@ -79,7 +80,7 @@ def check_donated(compiled, state, shardings) -> int:
 
 
 def _part_of(path) -> str:
-  names = {sharding.path_name((key,)) for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
+  names = {path_string((key,)) for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
   return next((part for part, fields in PARTS.items() if fields & names), 'other_state')
 
 

@@ -61,17 +61,6 @@ def make_train_step(
   return step
 
 
-def make_eval_step(loss):
-  """Returns `step(params, batch) -> (sum, count)`: what a validation loss adds up before it divides
-  once.
-  """
-
-  def step(params, batch):
-    return loss(params, batch)
-
-  return step
-
-
 def global_norm(tree):
   """Returns the Euclidean norm of all leaves together, summed in f32 whatever their dtype."""
   return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
