@@ -1,8 +1,4 @@
-"""Official packages' optimizers, by their own argument names and with their quirks.
-
-For reproducing published runs; `memjax.transforms` holds the methods as intended. Each docstring
-names every quirk that it reproduces and every one that it leaves out.
-"""
+"""`galore-torch` 1.0 (jiaweizzhao/GaLore)."""
 
 import math
 from typing import NamedTuple

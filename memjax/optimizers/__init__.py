@@ -1,0 +1,25 @@
+"""Ready optimizers by name, with arguments that a config can hold: numbers and words.
+
+Every factory takes `learning_rate` (a number or a schedule) and returns an
+`optax.GradientTransformation` whose updates are added to the parameters; on a mesh, some take
+`layout`, see `memjax.sharding.layout`. State is f32 whatever the dtype of the parameters. Notebooks
+call the functions of `memjax` and `optax` themselves.
+"""
+
+import inspect
+
+from memjax.optimizers.dense import adamw, sgd
+from memjax.optimizers.factored import adafactor
+from memjax.optimizers.low_rank import BASES, galore
+
+__all__ = ['BASES', 'OPTIMIZERS', 'REQUIRED', 'arguments']
+
+OPTIMIZERS = {'adafactor': adafactor, 'adamw': adamw, 'galore': galore, 'sgd': sgd}
+
+REQUIRED = inspect.Parameter.empty  # Default of an argument that has none.
+
+
+def arguments(name):
+  """Returns the arguments of an optimizer that a config may hold, with their defaults."""
+  parameters = inspect.signature(OPTIMIZERS[name]).parameters.values()
+  return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
