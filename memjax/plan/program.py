@@ -1,0 +1,163 @@
+"""Compiles one program for one target and reads from it what a run would need."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from memjax import build, sharding
+from memjax.plan import collectives, exported, memory, targets
+
+_VERSIONED = ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+_NUMBER = r'([\d.]+)([KMGT]?)'
+_HBM_OOM = (
+  re.compile(rf'\({_NUMBER}\) exceeds available HBM \({_NUMBER}\)'),
+  re.compile(rf'Used {_NUMBER} of {_NUMBER} hbm'),
+)
+MESSAGE = 2000  # Characters of the compiler's words that a report keeps.
+
+
+def report(job: dict) -> dict:
+  """Compiles a job and returns its report; a refusal is a report too, see `failed`.
+
+  Args:
+    job: `target` (a name) and either `config` (a run's config as a dict) or what
+      `exported.export_job` returned; `cache_dir`, a directory or None for none.
+
+  Returns:
+    A dict that can be written as JSON: `target`, `platform`, `devices`, `fits` (None when nobody
+    knows the limit, or nothing was compiled), `limit_bytes`, `peak_bytes` and `host_bytes` (of one
+    device: memory of the device alone; arguments that live in host memory), `parts` (name ->
+    bytes, of a config), `compiled` (the compiler's figures in bytes: argument, output, temp, alias,
+    generated_code, and peak with its host arguments), `collectives` (kind -> bytes a step a
+    device), `loops_counted_once` (names), `compile_seconds` (of the compile that was cached, if
+    so), `cached`, `message` (the compiler's words about a program that does not fit, or None), and
+    `error` and `kind`, which are None.
+  """
+  name = job['target']
+  try:
+    return _answer(job) | {'error': None, 'kind': None}
+  except ValueError as e:
+    return failed(name, 'refused', str(e))
+  except jax.errors.JaxRuntimeError as e:
+    return failed(name, 'compiler', f'{name}: the compiler refused the program', str(e)[:MESSAGE])
+
+
+def failed(target: str, kind: str, error: str, message: str | None = None) -> dict:
+  """Returns the report of a job that compiled nothing: `fits` is None, `error` a sentence, `kind`
+  one word, and `message` what the compiler said, or None.
+  """
+  return {'target': target, 'fits': None, 'error': error, 'kind': kind, 'message': message}
+
+
+def _answer(job: dict) -> dict:
+  target = targets.parse(job['target'])
+  devices = targets.open_devices(target)
+  if 'config' in job:
+    step, arguments, parts = _of_config(job['config'], devices)
+  else:
+    step, arguments, _ = exported.load(job, devices)
+    parts = {}
+  lowered = step.lower(*arguments)
+  host = memory.host_bytes(arguments)
+  entry = _entry(job.get('cache_dir'), target, lowered.as_text())
+  cached = entry is not None and entry.is_file()
+  found = json.loads(entry.read_text()) if cached else _compile(lowered, target)
+  if entry is not None and not cached:
+    _write(entry, found)
+  return {
+    'target': target.name,
+    'platform': target.platform,
+    'devices': target.devices,
+    **_verdict(found, target, devices[0].platform, host),
+    'host_bytes': host,
+    'parts': parts,
+    **found,
+    'cached': cached,
+  }
+
+
+def _of_config(fields, devices):
+  config = ConfigDict(fields)
+  mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
+  built = build.build(config, mesh)
+  parts = memory.argument_parts(built.state, built.batch)
+  return built.step, (built.state, built.batch), parts
+
+
+def _compile(lowered, target) -> dict:
+  """What only the compiler knows of a program; a TPU's compiler refuses what does not fit."""
+  started = time.monotonic()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if (sizes := read_out_of_memory(str(e))) is None:
+      raise
+    found = {'needs_bytes': sizes[0], 'limit_bytes': sizes[1], 'message': str(e)[:MESSAGE]}
+    empty = {'compiled': {}, 'collectives': {}, 'loops_counted_once': []}
+    return found | empty | {'compile_seconds': time.monotonic() - started}
+  seconds = time.monotonic() - started
+  text = compiled.as_text()
+  return {
+    'compiled': memory.of_compiled(compiled),
+    'collectives': collectives.count(text),
+    'loops_counted_once': collectives.unknown_loops(text),
+    'compile_seconds': seconds,
+    'message': None,
+  }
+
+
+def read_out_of_memory(message: str) -> tuple[int, int] | None:
+  """Returns the bytes that a program needs and the bytes there are, from the words of a TPU's
+  compiler; None when they are about something else.
+
+  >>> read_out_of_memory('HLO temporaries (26.50G) exceeds available HBM (15.75G).')
+  (28454158336, 16911433728)
+  """
+  for pattern in _HBM_OOM:
+    if match := pattern.search(message):
+      need, need_unit, limit, limit_unit = match.groups()
+      return round(float(need) * _UNITS[need_unit]), round(float(limit) * _UNITS[limit_unit])
+  return None
+
+
+def _verdict(found, target, platform, host) -> dict:
+  """Whether it fits, going by device memory alone."""
+  limit = found.pop('limit_bytes', target.limit_bytes)
+  if (needs := found.pop('needs_bytes', None)) is not None:
+    return {'fits': False, 'limit_bytes': limit, 'peak_bytes': needs}
+  peak = memory.device_peak(found['compiled'], platform, host)
+  return {
+    'fits': None if limit is None else peak <= limit,
+    'limit_bytes': limit,
+    'peak_bytes': peak,
+  }
+
+
+def _entry(cache_dir, target, text) -> pathlib.Path | None:
+  if cache_dir is None:
+    return None
+  versions = []
+  for package in _VERSIONED:
+    try:
+      versions.append(f'{package}=={importlib.metadata.version(package)}')
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  card = targets.card_text(target.kind) if target.platform == 'gpu' else ''
+  key = '\n'.join([target.name, card, *versions, text])
+  return pathlib.Path(cache_dir) / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.json'
+
+
+def _write(entry, found) -> None:
+  """Atomically: another process may read or write the same entry."""
+  entry.parent.mkdir(parents=True, exist_ok=True)
+  draft = entry.with_suffix(f'.{os.getpid()}')
+  draft.write_text(json.dumps(found))
+  draft.replace(entry)
