@@ -17,13 +17,29 @@ that `import memjax` loads JAX and optax and nothing heavier.
 import importlib
 
 from memjax.transforms import (
+  adafactor,
+  adalomo,
+  adam_mini,
   apply_updates,
+  came,
   default_targets,
   galore,
+  galore_adafactor,
+  muon,
   project,
+  relative_step,
+  scale_by_adafactor,
+  scale_by_adalomo,
+  scale_by_adam_mini,
+  scale_by_came,
   scale_by_galore,
+  scale_by_muon,
+  scale_by_parameter_rms,
+  scale_by_sm3,
+  sm3,
   subspace_iteration,
   svd,
+  transformer_blocks,
 )
 from memjax.version import __version__
 
@@ -48,13 +64,29 @@ _SUBMODULES = (
 
 __all__ = [
   '__version__',
+  'adafactor',
+  'adalomo',
+  'adam_mini',
   'apply_updates',
+  'came',
   'default_targets',
   'galore',
+  'galore_adafactor',
+  'muon',
   'project',
+  'relative_step',
+  'scale_by_adafactor',
+  'scale_by_adalomo',
+  'scale_by_adam_mini',
+  'scale_by_came',
   'scale_by_galore',
+  'scale_by_muon',
+  'scale_by_parameter_rms',
+  'scale_by_sm3',
+  'sm3',
   'subspace_iteration',
   'svd',
+  'transformer_blocks',
   *_SUBMODULES,
 ]
 

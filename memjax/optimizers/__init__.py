@@ -8,13 +8,25 @@ call the functions of `memjax` and `optax` themselves.
 
 import inspect
 
-from memjax.optimizers.dense import adamw, sgd
-from memjax.optimizers.factored import adafactor
+from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd
+from memjax.optimizers.factored import adafactor, adalomo, came, galore_adafactor, sm3
 from memjax.optimizers.low_rank import BASES, galore
 
 __all__ = ['BASES', 'OPTIMIZERS', 'REQUIRED', 'arguments']
 
-OPTIMIZERS = {'adafactor': adafactor, 'adamw': adamw, 'galore': galore, 'sgd': sgd}
+OPTIMIZERS = {
+  'adafactor': adafactor,
+  'adalomo': adalomo,
+  'adam_mini': adam_mini,
+  'adamw': adamw,
+  'came': came,
+  'galore': galore,
+  'galore_adafactor': galore_adafactor,
+  'lion': lion,
+  'muon': muon,
+  'sgd': sgd,
+  'sm3': sm3,
+}
 
 REQUIRED = inspect.Parameter.empty  # Default of an argument that has none.
 

@@ -1,7 +1,8 @@
-"""Optimizers that keep whole moments, or none."""
+"""Optimizers that keep whole first moments, or none."""
 
 import optax
 
+from memjax import transforms
 from memjax.optimizers.masks import decays, is_target
 from memjax.transforms.float32 import in_float32
 
@@ -19,6 +20,53 @@ def adamw(learning_rate, scale=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
     optax.scale_by_learning_rate(learning_rate),
   )
   return in_float32(steps)
+
+
+def adam_mini(learning_rate, head_dim, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+  """Adam-mini (Zhang et al., 2024); see `memjax.adam_mini`. `head_dim` is the width of one of the
+  model's attention heads.
+  """
+  return transforms.adam_mini(
+    learning_rate, b1, b2, eps=eps, head_dim=head_dim, weight_decay=weight_decay, mask=decays
+  )
+
+
+def lion(learning_rate, b1=0.9, b2=0.99, mu_dtype='float32', weight_decay=0.0):
+  """Lion (Chen et al., 2023) as optax has it. `mu_dtype='bfloat16'` halves its state."""
+  return in_float32(
+    optax.lion(learning_rate, b1, b2, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decays)
+  )
+
+
+def muon(
+  learning_rate,
+  adam_scale=1.0,
+  b1=0.95,
+  newton_schulz_steps=5,
+  adam_b1=0.9,
+  adam_b2=0.999,
+  weight_decay=0.0,
+  targets='',
+):
+  """Muon on the layers' matrices and Adam elsewhere (Jordan et al., 2024); see `memjax.muon`.
+
+  Adam's learning rate is `adam_scale` of Muon's; `targets` is a regex on leaf paths, '' the layers.
+  """
+  if callable(learning_rate):
+    adam_learning_rate = lambda count: adam_scale * learning_rate(count)
+  else:
+    adam_learning_rate = adam_scale * learning_rate
+  return transforms.muon(
+    learning_rate,
+    b1,
+    newton_schulz_steps=newton_schulz_steps,
+    targets=targets or None,
+    adam_learning_rate=adam_learning_rate,
+    adam_b1=adam_b1,
+    adam_b2=adam_b2,
+    weight_decay=weight_decay,
+    mask=decays,
+  )
 
 
 def sgd(learning_rate, momentum=0.0):
