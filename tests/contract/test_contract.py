@@ -12,13 +12,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax import transforms
+from memjax.transforms.float32 import in_float32
 
 RANK, EVERY = 4, 3
 
 
 class Entry(NamedTuple):
   make: Callable[[], optax.GradientTransformation]
-  # (m, n) -> numbers of f32 state a matrix, as the docstring says.
+  # (m, n) -> 4-byte numbers of state a matrix, as the docstring says.
   state: Callable[[int, int], int]
   projects: bool = True
 
@@ -34,7 +35,7 @@ def _galore(**options):
 _galore_state = lambda m, n: RANK * (min(m, n) + 2 * max(m, n))
 
 TRANSFORMS = {
-  'adam': Entry(optax.scale_by_adam, lambda m, n: 2 * m * n, projects=False),
+  'adam': Entry(lambda: in_float32(optax.scale_by_adam()), lambda m, n: 2 * m * n, projects=False),
   'galore': Entry(_galore(), _galore_state),
   'galore_svd': Entry(_galore(basis=transforms.svd(), stagger=False), _galore_state),
   'galore_rotate': Entry(_galore(moments='rotate'), _galore_state),
@@ -58,10 +59,59 @@ TRANSFORMS = {
     _low_rank(lambda: optax.trace(0.9), moments='rotate'), lambda m, n: RANK * (m + n)
   ),
   'low_rank_lion': Entry(_low_rank(optax.scale_by_lion), lambda m, n: RANK * (m + n)),
+  'low_rank_adafactor': Entry(
+    _low_rank(lambda: transforms.scale_by_adafactor(min_dim_size_to_factor=1)),
+    lambda m, n: RANK * min(m, n) + RANK + max(m, n),
+  ),
+  'adafactor': Entry(
+    lambda: transforms.scale_by_adafactor(min_dim_size_to_factor=12),
+    lambda m, n: m + n,
+    projects=False,
+  ),
+  'adalomo': Entry(transforms.scale_by_adalomo, lambda m, n: m + n, projects=False),
+  'came': Entry(transforms.scale_by_came, lambda m, n: m * n + 2 * (m + n), projects=False),
+  'sm3': Entry(transforms.scale_by_sm3, lambda m, n: m + n, projects=False),
+  'adam_mini': Entry(transforms.scale_by_adam_mini, lambda m, n: m * n + n, projects=False),
+  'lion': Entry(lambda: in_float32(optax.scale_by_lion()), lambda m, n: m * n, projects=False),
+  'muon': Entry(transforms.scale_by_muon, lambda m, n: m * n, projects=False),
+  'apollo': Entry(
+    lambda: transforms.scale_by_apollo(RANK, refresh_every=EVERY),
+    lambda m, n: 2 * RANK * max(m, n) + 1,
+    projects=False,
+  ),
+  'apollo_mini': Entry(
+    lambda: transforms.scale_by_apollo_mini(refresh_every=EVERY),
+    lambda m, n: 2 * max(m, n) + 1,
+    projects=False,
+  ),
+  'fira': Entry(
+    lambda: transforms.scale_by_fira(RANK, refresh_every=EVERY, basis=transforms.svd()),
+    lambda m, n: _galore_state(m, n) + 1,
+    projects=False,
+  ),
+  'golore': Entry(
+    lambda: transforms.scale_by_golore(RANK, 2, refresh_every=EVERY, basis=transforms.svd()),
+    _galore_state,
+  ),
+  'q_galore': Entry(
+    lambda: transforms.scale_by_q_galore(RANK, refresh_every=EVERY, basis=transforms.svd()),
+    lambda m, n: min(m, n) * (RANK / 2 + 4) / 4 + 7 + 2 * RANK * max(m, n),
+  ),
+  'q_galore_8bit': Entry(
+    lambda: transforms.scale_by_q_galore(
+      RANK, refresh_every=EVERY, basis=transforms.svd(), storage=transforms.packed(bits=8)
+    ),
+    lambda m, n: min(m, n) * (RANK + 4) / 4 + 7 + 2 * RANK * max(m, n),
+  ),
+  'low_rank_random': Entry(
+    _low_rank(optax.scale_by_adam, basis=transforms.random_projection()),
+    lambda m, n: 2 * RANK * max(m, n),
+  ),
+  'limit_norm_growth': Entry(transforms.limit_norm_growth, lambda m, n: 1, projects=False),
 }
 
 SHAPES = {'matrix': {'w': (12, 20)}, 'stacked': {'w': (3, 12, 20), 'v': (3, 20, 12)}}
-PARAMS = {'w': jnp.zeros((3, 12, 20))}
+PARAMS = {'w': jnp.ones((3, 12, 20))}
 
 
 def _gradient(step):
@@ -78,7 +128,7 @@ def _compiled(name):
 
   def update(gradient, state):
     traces.append(name)
-    return transform.update(gradient, state)
+    return transform.update(gradient, state, PARAMS)
 
   return transform, jax.jit(update), traces
 
@@ -99,11 +149,12 @@ def test_update_keeps_shape_dtype_and_state_structure(name, kind, dtype):
   params = {key: jnp.zeros(shape, dtype) for key, shape in SHAPES[kind].items()}
   described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   state = jax.eval_shape(transform.init, params)
-  updates, after = jax.eval_shape(transform.update, params, state)
+  updates, after = jax.eval_shape(transform.update, params, state, params)
   assert described(updates) == described(params)
   assert described(after) == described(state)
-  if TRANSFORMS[name].projects:
-    assert {x.dtype for x in jax.tree.leaves(state) if x.ndim} == {jnp.dtype('float32')}
+  # State does not follow a 16-bit leaf.
+  wide = {key: jnp.zeros(shape) for key, shape in SHAPES[kind].items()}
+  assert described(state) == described(jax.eval_shape(transform.init, wide))
 
 
 @pytest.mark.parametrize('name', TRANSFORMS)
@@ -126,14 +177,15 @@ def test_sharded_update_equals_unsharded(name):
   def sharding(x):
     if x.ndim < 3:
       return NamedSharding(mesh, PartitionSpec())
-    rows, columns = (size != RANK for size in x.shape[-2:])
+    rows, columns = (size not in (1, RANK) for size in x.shape[-2:])
     return NamedSharding(
       mesh, PartitionSpec(None, 'fsdp' if rows else None, 'tensor' if columns else None)
     )
 
   state = transform.init(PARAMS)
   shardings = tuple(jax.tree.map(sharding, tree) for tree in (PARAMS, state))
-  sharded = jax.jit(transform.update, in_shardings=shardings, out_shardings=shardings)
+  update = lambda gradient, state: transform.update(gradient, state, PARAMS)
+  sharded = jax.jit(update, in_shardings=shardings, out_shardings=shardings)
   other = jax.device_put(state, shardings[1])
   for step in range(EVERY + 2):
     gradient = _gradient(step)
