@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +58,16 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     say(describe(config, parts, mesh))
     notices = workdir.prepare(directory, config)
     dataset = load_data(config, parts.model.vocab)
-    workdir.record(directory, config, dataset)
     for notice in notices:
       say(f'[yellow]Resuming with another {escape(notice)}[/]')
     say(banner(dataset))
 
-    # ---- The compiled step, and the memory it needs.
-    step, receipt = compile_step(parts)
-    say(plan.table(receipt, 'Memory of one training step'))
+    # ---- The compiled step, and the memory it needs. Only a run that fits claims the directory:
+    # what makes another fit is another config.
+    step, receipt = compile_step(config, parts)
+    say(plan.table([receipt], 'Memory of one training step'))
+    plan.check_fits(config, receipt, mesh.devices.flat, say)
+    workdir.record(directory, config, dataset)
     workdir.write_json(directory / 'memory.json', receipt)
 
     # ---- A fresh state, or the newest sound checkpoint; nothing was allocated before.
@@ -156,14 +157,9 @@ def read_evaluation(directory: pathlib.Path, step: int) -> dict[int, dict]:
   return {step: found[0] if found else {}}
 
 
-def compile_step(parts: build_lib.Parts):
-  """Compiles the training step; returns it with its receipt, a dict of bytes per device."""
-  started = time.monotonic()
-  step = parts.step.lower(parts.state, parts.batch).compile()
-  shardings, batch_shardings = jax.tree.map(lambda x: x.sharding, (parts.state, parts.batch))
-  plan.check_donated(step, parts.state, shardings)
-  receipt = plan.measure(parts.state, shardings, parts.batch, batch_shardings, step)
-  return step, receipt | {'compile_seconds': round(time.monotonic() - started, 2)}
+def compile_step(config: ConfigDict, parts: build_lib.Parts):
+  """Compiles the training step; returns it with its receipt, see `memjax.plan.receipt`."""
+  return plan.compile_here(config, parts)
 
 
 def log(finished: int, values: dict, schedule, writer, progress) -> None:

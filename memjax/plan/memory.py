@@ -1,75 +1,143 @@
-"""The memory of one training step on one device, part by part.
+"""The memory of one training step on one device: what its arrays say, and what the compiler says.
 
-Two sources, kept apart: what the arrays' shapes and shardings say (exact), and what the compiler
-says of the program.
+Two sources, kept apart: the bytes of the arguments follow from shapes and shardings and are exact;
+those of the program are the compiler's own figures.
 """
 
+import math
+
 import jax
-from rich.table import Table
 
 from memjax import sharding
 from memjax.transforms.paths import path_string
 
-MIB = 2**20
+HOST_KINDS = ('pinned_host', 'unpinned_host')
 
-# Which part a state leaf is counted in, by the name of the state field that holds it; any other
-# field is other state.
-PARTS = {
-  'basis': {'left', 'right', 'projector', 'basis'},
-  'moments': {'mu', 'nu', 'trace', 'm', 'v', 'v_row', 'v_col', 'ema', 'acc'},
+# Which part a leaf of optimizer state is counted in, by the names of the state fields around it,
+# the outermost first: `left.codes` is a basis, `mu.codes` a moment. Any other is other state.
+STATE_PARTS = {
+  'basis': {'left', 'right', 'projector', 'projection', 'basis', 'packed', 'rotation', 'sketch'},
+  'moments': {
+    *('mu', 'nu', 'trace', 'm', 'v', 'ema', 'acc', 'momentum', 'moments', 'exp_avg', 'exp_avg_sq'),
+    *('v_row', 'v_col', 'row', 'col', 'rows', 'cols', 'r_row', 'r_col', 'u_row', 'u_col'),
+    *('sum_of_squares', 'accumulator', 'factors', 'confidence', 'codes', 'scales'),
+  },
 }
 
+# Fields of a `memjax.weights.Weight` that are trained beside the weight they adapt.
+ADAPTER_FIELDS = {'a', 'b', 'lora_a', 'lora_b', 'left', 'right', 'down', 'up', 'adapter'}
 
-def measure(state, shardings, batch, batch_shardings, compiled=None) -> dict:
-  """Returns bytes per device of one training step, as a dict that can be written as JSON.
+STACK = 'blocks'  # The group of parameters that has a leading layer axis.
+
+ARGUMENT_PARTS = ('parameters', 'adapters', 'basis', 'moments', 'other_state', 'batch')
+
+
+def argument_parts(state, batch) -> dict[str, int]:
+  """Returns bytes in the memory of one device, by part, of the arguments of a training step.
+
+  Leaves of `state` under a key or field `params` are parameters, or adapters where they are a part
+  of an adapted weight; the others are optimizer state, told apart by `STATE_PARTS`. What lives in
+  host memory is left out; see `host_bytes`.
 
   Args:
-    state: Training state as arrays or shapes.
-    shardings: Its shardings.
-    batch: Dict of arrays or shapes.
-    batch_shardings: Their shardings.
-    compiled: The compiled step, for the compiler's own figures; None leaves them out.
-
-  Returns:
-    `parts`: name -> bytes of parameters, gradients (one a parameter, in its dtype), basis, moments,
-    other_state, batch; `compiled`: argument, output, temp, alias, peak and generated_code as the
-    compiler counts them.
+    state: Training state, any pytree of arrays or shapes.
+    batch: The other arguments, a pytree of arrays or shapes. A leaf without a sharding is counted
+      whole.
   """
-  parts = {
-    'parameters': sharding.bytes_per_device(state['params'], shardings['params']),
-    'gradients': sharding.bytes_per_device(state['params'], shardings['params']),
-    'basis': 0,
-    'moments': 0,
-    'other_state': 4,  # The count of finished steps.
-    'batch': sharding.bytes_per_device(batch, batch_shardings),
+  parts = dict.fromkeys(ARGUMENT_PARTS, 0)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    parts[part_of(path)] += _bytes(leaf, on_host=False)
+  parts['batch'] = sum(_bytes(leaf, on_host=False) for leaf in jax.tree.leaves(batch))
+  return parts
+
+
+def part_of(path) -> str:
+  """Returns the part that a leaf of training state at a key path is counted in.
+
+  Only fields of tuples and dataclasses count: the keys of dicts are names of parameters.
+  """
+  names = [path_string((key,)) for key in path]
+  fields = [isinstance(key, jax.tree_util.GetAttrKey) for key in path]
+  if 'params' in names[:2]:  # Of a dict, of a TrainState, or of one inside another.
+    return 'adapters' if _is_adapter(path) else 'parameters'
+  for name, field in zip(names, fields):
+    for part, known in STATE_PARTS.items():
+      if field and name in known:
+        return part
+  return 'other_state'
+
+
+def host_bytes(*trees) -> int:
+  """Returns bytes per device that trees of arrays or shapes keep in the host's memory."""
+  return sum(_bytes(leaf, on_host=True) for leaf in jax.tree.leaves(trees))
+
+
+def gradient_bytes(state, *, accumulate: int = 1, layerwise: bool = False) -> int:
+  """Returns bytes per device of the gradients that a step forms at once.
+
+  The whole-tree step forms one number for each that is trained, in its dtype; `accumulate > 1`
+  keeps their f32 sum beside those of the micro-batch. The layer-by-layer step forms those of one
+  layer, then of one other group of parameters; with `accumulate > 1` in f32.
+
+  Args:
+    state: Training state as shapes, as in `argument_parts`. Where there are adapters, they alone
+      are trained.
+    accumulate: Micro-batches an update.
+    layerwise: Whether the step is `memjax.steps.layerwise`.
+  """
+  found = {'parameters': {}, 'adapters': {}}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    if (part := part_of(path)) not in found:
+      continue
+    size = _bytes(leaf, on_host=False)
+    in_f32 = size * 4 // leaf.dtype.itemsize
+    if accumulate > 1:
+      size = in_f32 if layerwise else size + in_f32
+    group = _group(path) if layerwise else ''
+    if group == STACK:
+      size //= leaf.shape[0]
+    found[part][group] = found[part].get(group, 0) + size
+  return max((found['adapters'] or found['parameters']).values(), default=0)
+
+
+def of_compiled(compiled) -> dict[str, int]:
+  """Returns the compiler's own figures, or {} if it gives none."""
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return {}
+  return {
+    'argument': analysis.argument_size_in_bytes,
+    'output': analysis.output_size_in_bytes,
+    'temp': analysis.temp_size_in_bytes,
+    'alias': analysis.alias_size_in_bytes,
+    'generated_code': analysis.generated_code_size_in_bytes,
+    'peak': analysis.peak_memory_in_bytes,
   }
-  paths = jax.tree_util.tree_leaves_with_path(state['opt'])
-  for (path, leaf), where in zip(paths, jax.tree.leaves(shardings['opt']), strict=True):
-    parts[_part_of(path)] += sharding.bytes_per_device(leaf, where)
-  return {'unit': 'bytes per device', 'parts': parts, 'compiled': _compiled(compiled)}
 
 
-def table(receipt: dict, title: str) -> Table:
-  """Returns the receipt of `measure` as a table to print, in MiB (2**20 bytes) per device."""
-  out = Table(title=title, title_justify='left')
-  out.add_column('part')
-  out.add_column('MiB / device', justify='right')
-  for group in ('parts', 'compiled'):
-    for name, size in receipt[group].items():
-      words = name.replace('_', ' ')
-      out.add_row(words if group == 'parts' else f'compiled: {words}', f'{size / MIB:,.2f}')
-    out.add_section()
-  return out
+def device_peak(sizes: dict[str, int], platform: str, host: int = 0) -> int:
+  """Returns the most bytes of device memory that a compiled step holds at once.
+
+  Args:
+    sizes: Of `of_compiled`.
+    platform: 'cpu', 'gpu' or 'tpu'. The CPU compiler's peak leaves its temporaries out, so there
+      everything counts as alive at once.
+    host: Bytes of arguments in host memory, which the compilers' peaks include.
+  """
+  if platform == 'cpu':
+    new = sizes['output'] - sizes['alias']
+    return sizes['argument'] + new + sizes['temp'] + sizes['generated_code']
+  return sizes['peak'] - host
 
 
-def check_donated(compiled, state, shardings) -> int:
+def check_donated(compiled, state) -> int:
   """Checks that the compiled step writes the new state over the old one, and returns the bytes it
   reuses.
 
   Raises:
     ValueError: when less than the state is aliased, so that a second copy of the rest would exist.
   """
-  need = sharding.bytes_per_device(state, shardings)
+  need = sum(argument_parts(state, ()).values())
   got = compiled.memory_analysis().alias_size_in_bytes
   if got < need:
     raise ValueError(
@@ -79,19 +147,20 @@ def check_donated(compiled, state, shardings) -> int:
   return got
 
 
-def _part_of(path) -> str:
-  names = {path_string((key,)) for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
-  return next((part for part, fields in PARTS.items() if fields & names), 'other_state')
+def _group(path) -> str:
+  names = [path_string((key,)) for key in path]
+  return names[names.index('params') + 1]
 
 
-def _compiled(compiled) -> dict[str, int]:
-  if compiled is None or (analysis := compiled.memory_analysis()) is None:
-    return {}
-  return {
-    'argument': analysis.argument_size_in_bytes,
-    'output': analysis.output_size_in_bytes,
-    'temp': analysis.temp_size_in_bytes,
-    'alias': analysis.alias_size_in_bytes,
-    'peak': analysis.peak_memory_in_bytes,
-    'generated_code': analysis.generated_code_size_in_bytes,
-  }
+def _is_adapter(path) -> bool:
+  fields = (path_string((key,)) for key in path if isinstance(key, jax.tree_util.GetAttrKey))
+  return any(field in ADAPTER_FIELDS for field in fields)
+
+
+def _bytes(leaf, on_host: bool) -> int:
+  where = getattr(leaf, 'sharding', None)
+  if (where is not None and where.memory_kind in HOST_KINDS) != on_host:
+    return 0
+  if where is None:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+  return sharding.bytes_per_device(leaf, where)

@@ -35,7 +35,8 @@ def report(job: dict) -> dict:
     A dict that can be written as JSON: `target`, `platform`, `devices`, `fits` (None when nobody
     knows the limit, or nothing was compiled), `limit_bytes`, `peak_bytes` and `host_bytes` (of one
     device: memory of the device alone; arguments that live in host memory), `parts` (name ->
-    bytes, of a config), `compiled` (the compiler's figures in bytes: argument, output, temp, alias,
+    bytes of the arguments, of a config), `gradients` (bytes of those the step forms at once, of a
+    config), `compiled` (the compiler's figures in bytes: argument, output, temp, alias,
     generated_code, and peak with its host arguments), `collectives` (kind -> bytes a step a
     device), `loops_counted_once` (names), `compile_seconds` (of the compile that was cached, if
     so), `cached`, `message` (the compiler's words about a program that does not fit, or None), and
@@ -61,10 +62,10 @@ def _answer(job: dict) -> dict:
   target = targets.parse(job['target'])
   devices = targets.open_devices(target)
   if 'config' in job:
-    step, arguments, parts = _of_config(job['config'], devices)
+    step, arguments, sizes = _of_config(job['config'], devices)
   else:
     step, arguments, _ = exported.load(job, devices)
-    parts = {}
+    sizes = {'parts': {}, 'gradients': 0}
   lowered = step.lower(*arguments)
   host = memory.host_bytes(arguments)
   entry = _entry(job.get('cache_dir'), target, lowered.as_text())
@@ -78,7 +79,7 @@ def _answer(job: dict) -> dict:
     'devices': target.devices,
     **_verdict(found, target, devices[0].platform, host),
     'host_bytes': host,
-    'parts': parts,
+    **sizes,
     **found,
     'cached': cached,
   }
@@ -88,8 +89,17 @@ def _of_config(fields, devices):
   config = ConfigDict(fields)
   mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
   built = build.build(config, mesh)
-  parts = memory.argument_parts(built.state, built.batch)
-  return built.step, (built.state, built.batch), parts
+  sizes = {
+    'parts': memory.argument_parts(built.state, built.batch),
+    'gradients': gradients(config, built.state),
+  }
+  return built.step, (built.state, built.batch), sizes
+
+
+def gradients(config: ConfigDict, state) -> int:
+  """Returns bytes per device of the gradients that a config's step forms at once."""
+  layerwise = config.step == 'layerwise'
+  return memory.gradient_bytes(state, accumulate=config.accumulate, layerwise=layerwise)
 
 
 def _compile(lowered, target) -> dict:

@@ -1,0 +1,184 @@
+"""The step of a run, compiled for the very devices it will run on, and what to do if it does not
+fit there.
+"""
+
+import pathlib
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from memjax import build, sharding
+from memjax.plan import collectives, memory, program
+from memjax.plan.receipt import GIB, receipt
+
+TRIES = 8  # Compiles in search of a way out.
+WAYS = 3  # That are shown.
+
+_MEMINFO = pathlib.Path('/proc/meminfo')
+_CGROUP = pathlib.Path('/sys/fs/cgroup')
+
+
+def compile_here(config: ConfigDict, parts: build.Parts):
+  """Compiles a run's step; allocates nothing.
+
+  Returns:
+    The compiled step and its receipt. The step is None when the compiler refused it for want of
+    memory.
+
+  Raises:
+    ValueError: when the step does not write its new state over the old one.
+  """
+  started = time.monotonic()
+  mesh = jax.tree.leaves(parts.state)[0].sharding.mesh
+  device = mesh.devices.flat[0]
+  limit, message = limit_bytes(device), None
+  lowered = parts.step.lower(parts.state, parts.batch)
+  host = memory.host_bytes(parts.state, parts.batch)
+  try:
+    step = lowered.compile()
+    memory.check_donated(step, parts.state)
+    sizes, moved = memory.of_compiled(step), collectives.count(step.as_text())
+    peak = memory.device_peak(sizes, device.platform, host)
+  except jax.errors.JaxRuntimeError as e:
+    if (found := program.read_out_of_memory(str(e))) is None:
+      raise
+    (peak, limit), step, sizes, moved, message = found, None, {}, {}, str(e)[: program.MESSAGE]
+  report = {
+    'target': device.device_kind,
+    'platform': device.platform,
+    'devices': mesh.size,
+    'fits': None if limit is None else peak <= limit,
+    'limit_bytes': limit,
+    'peak_bytes': peak,
+    'host_bytes': host,
+    'parts': memory.argument_parts(parts.state, parts.batch),
+    'gradients': program.gradients(config, parts.state),
+    'compiled': sizes,
+    'collectives': moved,
+    'compile_seconds': time.monotonic() - started,
+    'cached': False,
+    'message': message,
+  }
+  return step, receipt(report)
+
+
+def limit_bytes(device: jax.Device) -> int | None:
+  """Returns the memory of one device, None when nobody says.
+
+  Of a CPU it is what the machine (or the control group this process is in) has available now,
+  divided over its virtual devices.
+  """
+  if stats := device.memory_stats():
+    return stats.get('bytes_limit')
+  if device.platform != 'cpu' or not _MEMINFO.is_file():
+    return None
+  fields = dict(line.split(':') for line in _MEMINFO.read_text().splitlines())
+  available = int(fields['MemAvailable'].split()[0]) * 2**10
+  try:
+    top, used = ((_CGROUP / name).read_text() for name in ('memory.max', 'memory.current'))
+    available = min(available, int(top) - int(used))
+  except (OSError, ValueError):  # No such group, or 'max': without a limit.
+    pass
+  return available // jax.local_device_count()
+
+
+def check_fits(config: ConfigDict, found: dict, devices, say=lambda line: None) -> None:
+  """Refuses a run whose step does not fit, with the cheapest ways out.
+
+  Args:
+    config: Of the run.
+    found: Receipt of its step.
+    devices: Devices of its mesh.
+    say: Called with a line about what is tried.
+
+  Raises:
+    ValueError: with a line a way out: what to add to the command, and what the step then needs,
+      compiled for the same devices.
+  """
+  if found['fits'] is not False:
+    return
+  peak, limit = found['peak_bytes'], found['limit_bytes']
+  lines = [
+    f'the training step needs {peak / GIB:.2f} GiB on each device, of which there are '
+    f'{limit / GIB:.2f}; nothing was allocated'
+  ]
+
+  def measure(changes):
+    say('trying ' + flags(changes))
+    changed = config.copy_and_resolve_references().unlock()
+    changed.update_from_flattened_dict(changes)
+    mesh = sharding.make_mesh(**changed.mesh.to_dict(), devices=devices)
+    return compile_here(changed, build.build(changed, mesh))[1]
+
+  ways = ways_out(config, found, measure)
+  for changes, after, cost in ways:
+    word = 'fits' if after['fits'] else 'still does not fit'
+    lines.append(f'  {flags(changes)}  needs {after["peak_bytes"] / GIB:.2f} GiB, {word}; {cost}')
+  if not ways:
+    lines.append('  no change of one field was found that needs less; take more or larger devices')
+  raise ValueError('\n'.join(lines))
+
+
+def ways_out(config: ConfigDict, found: dict, measure) -> list[tuple[dict, dict, str]]:
+  """Returns up to three changes of a config that need less memory, those that fit first.
+
+  Tries changes one by one, from those that cost the least to training, until three fit; then all
+  of them together that leave the results as they are.
+
+  Args:
+    config: Of the run.
+    found: Its receipt.
+    measure: Function of changes (field -> value) that returns the receipt of the changed config, or
+      raises a ValueError when it cannot be.
+  """
+  tried = []
+  singles = changes_of(config, found['devices'])
+  exact = {k: v for changes, _, same in singles if same for k, v in changes.items()}
+  together = [(exact, 'the same results, slower', True)] if len(exact) > 1 else []
+  for changes, cost, _ in (singles + together)[:TRIES]:
+    try:
+      after = measure(changes)
+    except ValueError:
+      continue  # Not for this method or mesh.
+    if after['peak_bytes'] < found['peak_bytes']:
+      tried.append((changes, after, cost))
+    if sum(bool(after['fits']) for _, after, _ in tried) == WAYS:
+      break
+  by_need = lambda way: (not way[1]['fits'], 0 if way[1]['fits'] else way[1]['peak_bytes'])
+  return sorted(tried, key=by_need)[:WAYS]
+
+
+def changes_of(config: ConfigDict, devices: int) -> list[tuple[dict, str, bool]]:
+  """Returns (changes, what they cost, whether results stay the same up to rounding), the cheapest
+  first; `devices` is how many the mesh has.
+  """
+  ways = []
+  layerwise = config.step == 'layerwise'
+  if config.remat != 'full' and not layerwise:
+    ways.append(({'remat': 'full'}, 'every block runs twice', True))
+  most = config.batch_size // (devices // max(config.mesh.tensor, 1))
+  if config.accumulate < most and not config.batch_size % most:
+    ways.append(({'accumulate': most}, 'more and smaller micro-batches', True))
+  if config.mesh.data != 1:
+    ways.append(({'mesh.data': 1, 'mesh.fsdp': -1}, 'weights are gathered a layer at a time', True))
+  if not layerwise:
+    changes = {'step': 'layerwise', 'remat': 'full'}
+    ways.append((changes, 'every block runs twice, each layer is updated at once', True))
+  if config.param_dtype == 'float32':
+    changes = {'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16'}
+    ways.append((changes, 'weights of 8 bits precision, rounded stochastically', False))
+  for name in ('galore', 'adafactor'):
+    if config.optimizer.name != name:
+      changes = {'optimizer.name': name}
+      ways.append((changes, 'another method, which wants its own learning rate', False))
+  return ways
+
+
+def flags(changes: dict) -> str:
+  """Returns what to add to the command.
+
+  >>> flags({'remat': 'full', 'accumulate': 2})
+  '--config.remat=full --config.accumulate=2'
+  """
+  return ' '.join(f'--config.{name}={value}' for name, value in changes.items())

@@ -1,0 +1,153 @@
+"""The receipt of one training step on one target: a dict that is JSON, a table, a sentence.
+
+Sizes are bytes of one device. The fields:
+
+  target, devices               name, and how many devices it has
+  fits                          None when the device's limit is not known
+  limit_bytes, peak_bytes       device memory there is, and the most the step holds at once
+  host_bytes                    arguments in the host's memory
+  parts                         name -> bytes; they sum to `peak_bytes`
+  collectives                   kind -> bytes a step
+  compile_seconds, cached       of the compile; whether it was read from the disk
+  compiled                      the compiler's own figures
+  message                       the compiler's words where it refused the program
+"""
+
+from rich.table import Table
+
+MIB = 2**20
+GIB = 2**30
+
+# Part -> what the table calls it, in the order of the table and of the bars.
+PARTS = {
+  'parameters': 'parameters',
+  'adapters': 'adapters',
+  'gradients': 'gradients at once',
+  'basis': 'basis',
+  'moments': 'moments',
+  'other_state': 'other optimizer state',
+  'batch': 'batch',
+  'activations_and_temporaries': 'saved activations and temporaries',
+  'new_outputs': 'outputs beside the state',
+  'generated_code': 'generated code',
+  'layout_padding': 'padding of the arguments to tiles',
+  'compiler_reserved': 'reserved by the compiler',
+}
+STATE = ('basis', 'moments', 'other_state')
+
+
+def receipt(report: dict) -> dict:
+  """Returns the receipt of one report of `memjax.plan.compiler.compile_jobs`.
+
+  Args:
+    report: `parts` holds the arguments' bytes (`memjax.plan.memory.argument_parts`), `gradients`
+      the bytes of the gradients that the step forms at once.
+
+  Raises:
+    ValueError: with the report's sentence, when nothing could be compiled.
+  """
+  if report.get('error'):
+    raise ValueError(report['error'])
+  arguments = report['parts']
+  # A compiler that refuses a program may name its temporaries alone.
+  peak = max(report['peak_bytes'], sum(arguments.values()))
+  counted = report['compiled'].get('argument')
+  if counted is not None and report['platform'] == 'gpu':
+    counted -= report['host_bytes']  # There the compiler counts host arguments with the others.
+  return {
+    'target': report['target'],
+    'devices': report['devices'],
+    'fits': report['fits'],
+    'limit_bytes': report['limit_bytes'],
+    'peak_bytes': peak,
+    'host_bytes': report['host_bytes'],
+    'parts': attribute(peak, arguments, counted, report['gradients'], report['compiled']),
+    'collectives': report['collectives'],
+    'compile_seconds': round(report['compile_seconds'], 2),
+    'cached': report['cached'],
+    'compiled': report['compiled'],
+    'message': report.get('message'),
+  }
+
+
+def attribute(
+  peak: int, arguments: dict[str, int], counted: int | None, gradients: int, compiled: dict
+) -> dict[str, int]:
+  """Divides the peak into parts, none negative, that sum to it.
+
+  The arguments are exact. What the compiler holds beyond them at the peak is, in this order: tiles
+  it pads arguments to, outputs that overwrite no argument, code, and temporaries up to their total.
+  Of the temporaries, gradients are as many as the step forms, at most all; the rest are activations
+  and whatever else the program keeps. What the peak holds beyond all of this has its own name.
+
+  Args:
+    peak: Bytes of device memory.
+    arguments: Part -> bytes.
+    counted: What the compiler counts for the same arguments; None when it compiled nothing.
+    gradients: Bytes of the gradients that the step forms at once.
+    compiled: The compiler's figures; {} when it refused the program, where all but the arguments
+      counts as temporaries.
+  """
+  left = peak - sum(arguments.values())
+  found = {}
+  held = {
+    'layout_padding': 0 if counted is None else max(counted - sum(arguments.values()), 0),
+    'new_outputs': max(compiled.get('output', 0) - compiled.get('alias', 0), 0),
+    'generated_code': compiled.get('generated_code', 0),
+  }
+  temporaries = compiled.get('temp', left)
+  held['gradients'] = min(gradients, temporaries)
+  held['activations_and_temporaries'] = temporaries - held['gradients']
+  for name, size in held.items():
+    found[name] = max(min(size, left), 0)
+    left -= found[name]
+  parts = arguments | found | {'compiler_reserved': max(left, 0)}
+  return {name: parts.get(name, 0) for name in PARTS}
+
+
+def state_bytes(found: dict) -> int:
+  """Returns bytes of optimizer state on a device: what the method adds to the parameters."""
+  return sum(found['parts'][name] for name in STATE)
+
+
+def verdict(found: dict) -> str:
+  """Returns one sentence: whether it fits, and by how much."""
+  peak, limit = f'{found["peak_bytes"] / GIB:,.2f}', found['limit_bytes']
+  if limit is None:
+    return f'{found["target"]}: needs {peak} GiB a device; its limit is not known'
+  word = 'fits' if found['fits'] else 'does not fit'
+  return f'{found["target"]}: {word}, {peak} of {limit / GIB:,.2f} GiB a device'
+
+
+def table(receipts: list[dict], title: str) -> Table:
+  """Returns receipts side by side, a column a target, in MiB (2**20 bytes) of one device.
+
+  Parts that are zero everywhere have no row.
+  """
+  out = Table(title=title, title_justify='left', caption='MiB (2**20 bytes) of one device')
+  out.add_column('part')
+  for found in receipts:
+    out.add_column(found['target'], justify='right')
+  for name, words in PARTS.items():
+    _row(out, words, [found['parts'][name] for found in receipts], skip_zeros=True)
+  out.add_section()
+  _row(out, 'peak', [found['peak_bytes'] for found in receipts])
+  _row(out, 'limit', [found['limit_bytes'] for found in receipts])
+  fits = {True: '[green]yes[/]', False: '[red]no[/]', None: 'unknown'}
+  out.add_row('fits', *(fits[found['fits']] for found in receipts))
+  out.add_section()
+  _row(out, 'host memory', [found['host_bytes'] for found in receipts], skip_zeros=True)
+  for kind in sorted({kind for found in receipts for kind in found['collectives']}):
+    _row(out, f'{kind} a step', [found['collectives'].get(kind, 0) for found in receipts])
+  out.add_row('compile seconds', *map(_seconds, receipts))
+  return out
+
+
+def _row(out: Table, words: str, sizes: list, skip_zeros: bool = False) -> None:
+  if skip_zeros and not any(sizes):
+    return
+  out.add_row(words, *('unknown' if size is None else f'{size / MIB:,.2f}' for size in sizes))
+
+
+def _seconds(found: dict) -> str:
+  return f'{found["compile_seconds"]:.1f}' + (' (cached)' if found['cached'] else '')

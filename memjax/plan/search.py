@@ -1,0 +1,95 @@
+"""The largest batch that fits, by compiling."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from memjax.plan import compiler
+from memjax.plan import targets as targets_lib
+from memjax.plan.receipt import receipt
+
+MOST = 2**20  # Units; a search that passes them has no memory limit to find.
+
+
+def largest_batch(config: ConfigDict, target: str, *, cache_dir=None, say=lambda found: None):
+  """Finds the largest `config.batch_size` whose step fits on a target.
+
+  Tries batches that divide over the mesh's data axes and the config's micro-batches, and no others.
+
+  Args:
+    config: Of a run; its `batch_size` is not read.
+    target: Name of a target whose memory is known.
+    cache_dir: As in `memjax.plan.plan`.
+    say: Called as `say(batch_size, receipt)` for each batch tried.
+
+  Returns:
+    The batch size and its receipt; (0, the receipt of the smallest batch) if not even that fits.
+
+  Raises:
+    ValueError: as `memjax.plan.plan`, and for a target whose memory limit is not known.
+  """
+  unit = batch_unit(config, targets_lib.parse(target).devices)
+  seen = {}
+
+  def measure(counts):
+    jobs = [compiler.config_job(with_batch(config, unit * k), target) for k in counts]
+    for k, report in zip(counts, compiler.compile_jobs(jobs, cache_dir=cache_dir)):
+      seen[k] = receipt(report)
+      if seen[k]['fits'] is None:
+        raise ValueError(f'{target}: its memory limit is not known, so no batch is the largest')
+      say(unit * k, seen[k])
+    return [seen[k]['fits'] for k in counts]
+
+  best = largest(measure)
+  return unit * best, seen[best or 1]
+
+
+def largest(measure: Callable[[list[int]], list[bool]]) -> int:
+  """Returns the largest count that fits, 0 if 1 does not, asking about two at a time.
+
+  Powers of two first; then the interval that is left is cut into three, again and again.
+
+  Args:
+    measure: Function of one or two counts that says which of them fit; all below one that fits do.
+
+  Raises:
+    ValueError: when a million fit.
+
+  >>> largest(lambda counts: [k <= 11 for k in counts])
+  11
+  """
+  low, high = 0, None  # Fits; does not.
+  while high is None:
+    if low >= MOST:
+      raise ValueError(f'{low:,} still fit; the memory does not seem to depend on the batch')
+    low, high = _narrow([max(1, 2 * low), max(2, 4 * low)], measure, low, high)
+  while high - low > 1:
+    third = max(1, (high - low) // 3)
+    counts = sorted({low + third, min(low + 2 * third, high - 1)})
+    low, high = _narrow(counts, measure, low, high)
+  return low
+
+
+def batch_unit(config: ConfigDict, devices: int) -> int:
+  """Returns the smallest batch that divides over the data axes of a mesh of so many devices, in the
+  config's micro-batches.
+  """
+  fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
+  ways = devices // max(tensor, 1) if -1 in (fsdp, data) else data * fsdp
+  return max(ways, 1) * config.accumulate
+
+
+def with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
+  """Returns a copy of a config with another batch."""
+  config = config.copy_and_resolve_references().unlock()
+  config.batch_size = batch_size
+  return config.lock()
+
+
+def _narrow(counts, measure, low, high):
+  for k, fits in zip(counts, measure(counts)):
+    if fits:
+      low = max(low, k)
+    else:
+      high = k if high is None else min(high, k)
+  return low, high
