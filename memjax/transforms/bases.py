@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.transforms.paths import fold_in_path
+
 # Of the products that make columns orthonormal: a TPU's default of one bf16 pass would leave them
 # so to two digits only, and they are compared with their successors over thousands of steps. The
 # products with the gradient follow JAX's default, like every product of the model: an error there
@@ -25,9 +27,23 @@ class Basis(NamedTuple):
   schedule.
   """
 
-  # (gradient [m, n], previous [m, r], key) -> basis [m, r], orthonormal columns. `previous` is the
-  # identity's first r columns as long as the matrix has had no basis of its own.
-  refresh: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  # (gradient [m, n], previous [m, r], key, count) -> basis [m, r], orthonormal columns. `previous`
+  # is the identity's first r columns as long as the matrix has had no basis of its own; `count`
+  # i32[] are the updates before this one.
+  refresh: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None
+  # A basis that no gradient has a say in has this instead: it is not stored, but drawn again in
+  # every update. (address, shape [..., m, r]) -> [..., m, r].
+  draw: Callable[['Address', tuple[int, ...]], jax.Array] | None = None
+
+
+class Address(NamedTuple):
+  """Whose basis is drawn: the same address gives the same bits on any mesh, after any restart."""
+
+  path: str  # The leaf's.
+  axis: int  # -2 for a basis of the leaf's column space, -1 for its row space.
+  seed: int
+  refresh: jax.Array  # i32[units], how often the unit's basis had been due before.
+  units: jax.Array  # i32[units], the leaf's units.
 
 
 def subspace_iteration(iterations: int = 2, cold_iterations: int = 4) -> Basis:
@@ -56,7 +72,8 @@ def subspace_iteration(iterations: int = 2, cold_iterations: int = 4) -> Basis:
       f'iterations={iterations}, cold_iterations={cold_iterations}'
     )
 
-  def refresh(gradient, previous, key):
+  def refresh(gradient, previous, key, count=None):
+    del count
     (_, n), rank = gradient.shape, previous.shape[1]
     noise = jax.random.rademacher(key, (n, rank), previous.dtype)
     cold = jnp.array_equal(previous, jnp.eye(*previous.shape, dtype=previous.dtype))
@@ -82,11 +99,60 @@ def svd() -> Basis:
   meet a flipped basis.
   """
 
-  def refresh(gradient, previous, key):
-    del key
+  def refresh(gradient, previous, key, count=None):
+    del key, count
     left, _, _ = jnp.linalg.svd(gradient, full_matrices=False)
     basis = fix_signs(left[:, : previous.shape[1]])
     return jnp.where(jnp.any(gradient != 0), basis, previous)
+
+  return Basis(refresh)
+
+
+def random_projection() -> Basis:
+  r"""Draws every basis with entries :math:`N(0, 1 / r)`, and stores none.
+
+  Not orthonormal, but :math:`E[P P^T] = I`: norms survive the projection on average, which is all
+  that APOLLO asks of it. In its place the state holds nothing; an update draws the `[..., m, r]`
+  numbers of one leaf at a time, again from their address, which takes less time than the product
+  with the gradient and communicates nothing.
+  """
+
+  def draw(address, shape):
+    *batch, m, rank = shape
+    root = fold_in_path(jax.random.key(address.seed), address.path)
+    root = jax.random.fold_in(root, address.axis + 2)
+
+    def one(refresh, unit):
+      key = jax.random.fold_in(jax.random.fold_in(root, refresh), unit)
+      return jax.random.normal(key, (m, rank))
+
+    drawn = jax.vmap(one)(address.refresh, address.units) * rank**-0.5
+    return drawn.reshape(*batch, m, rank)
+
+  return Basis(None, draw)
+
+
+def random_subspace() -> Basis:
+  """Takes uniformly random subspaces, with orthonormal bases; the gradient has no say.
+
+  A Gaussian matrix made orthonormal spans every subspace with the same probability. The bases are
+  stored, as `then` needs where another kind came before.
+  """
+
+  def refresh(gradient, previous, key, count=None):
+    del gradient, count
+    noise = jax.random.normal(key, previous.shape, previous.dtype)
+    return orthonormalise(noise, fill=previous)
+
+  return Basis(refresh)
+
+
+def then(first: Basis, after: int, second: Basis) -> Basis:
+  """Finds bases by `first` in `after` updates, and by `second` from then on."""
+
+  def refresh(gradient, previous, key, count):
+    arguments = gradient, previous, key, count
+    return lax.cond(count < after, first.refresh, second.refresh, *arguments)
 
   return Basis(refresh)
 

@@ -6,28 +6,43 @@ state keeps its parameter's axes in place, one of the last two replaced by `r`, 
 parameter's sharding is the state's.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from memjax.transforms import explicit
+from memjax.transforms import explicit, intervals, lifts
 from memjax.transforms import moments as moments_lib
-from memjax.transforms.bases import PRECISION, Basis, subspace_iteration
-from memjax.transforms.paths import fold_in_path
-from memjax.transforms.targets import SIDES, Plan, Rank, Targets, check_rank, plan_leaves
+from memjax.transforms import storage as storage_lib
+from memjax.transforms.bases import Address, Basis, subspace_iteration
+from memjax.transforms.intervals import Clock, Interval
+from memjax.transforms.layers import Layer
+from memjax.transforms.lifts import Lift
+from memjax.transforms.refresh import Held, Ways, refresh
+from memjax.transforms.storage import Storage
+from memjax.transforms.targets import (
+  SIDES,
+  Plan,
+  Rank,
+  Targets,
+  check_rank,
+  first_in_leaf,
+  plan_leaves,
+)
 
 
 class ProjectState(NamedTuple):
   """State of `project`; a leaf without a basis on a side has `optax.MaskedNode()` there."""
 
   count: jax.Array  # i32[], updates seen so far.
-  left: optax.Updates  # [..., m, r] f32, orthonormal columns.
-  right: optax.Updates  # [..., r, n] f32, orthonormal rows.
+  left: Any  # [..., m, r] f32, orthonormal columns; or what `storage` makes of them.
+  right: Any  # [..., r, n] f32, orthonormal rows; likewise.
   inner: optax.OptState  # Of the inner transform, on [..., r, n], [..., m, r] or [..., r, r].
+  outside: optax.OptState  # Of the lift's transform, on the [..., m, n] of projected leaves.
+  interval: Any  # Of `interval`, [...] or [..., k] per leaf; empty for fixed ones.
 
 
 def project(
@@ -42,6 +57,9 @@ def project(
   stagger: bool = True,
   targets: Targets = None,
   layout: Callable[[str, jax.Array], jax.Array] | None = None,
+  lift: Lift | None = None,
+  storage: Storage | None = None,
+  interval: Interval | None = None,
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs `inner` on gradients projected to a rank-`r` subspace.
@@ -88,23 +106,37 @@ def project(
     layout: Function of (path, projected leaf) that returns the leaf with a sharding imposed on it,
       such as `memjax.sharding.layout(...)`; None leaves it to the compiler, which on a mesh may
       gather `inner`'s moments where it need only gather its answer.
-    seed: Seed of the noise that `subspace_iteration` starts from.
+    lift: How the answer of `inner` becomes an update of the whole matrix; `lifts.back()` if None,
+      as above.
+    storage: How bases are kept; `storage.whole()`, f32, if None, `packed()` for 8 or 4 bits. Bases
+      that are drawn, as by `random_projection()`, are not kept at all.
+    interval: Whether `refresh_every` stays as it is, `fixed()` if None, or grows for matrices whose
+      subspace has come to rest, `lazy()`.
+    seed: Seed of the noise of bases.
 
   Returns:
-    A transform with state `ProjectState`. A kernel that splits its heads, `[D, heads, head_dim]`,
+    A transform with state `ProjectState`. Its `update` takes three extra arguments, for steps that
+    do not hold the whole gradient of an update at once: `layer`, see `Layer`, and `projected` and
+    `only_refresh`, see `refresh_subspace`. A kernel that splits its heads, `[D, heads, head_dim]`,
     must be reshaped or left out: only the last two axes count as the matrix.
 
   Raises:
-    ValueError: here for an argument out of range; at `init` if `targets` matches nothing, if no
-      leaf has a subspace of rank `r` (naming one and its shape), or if `moments='rotate'` meets
-      state it cannot rotate.
+    ValueError: here for arguments out of range or at odds with each other; at `init` if `targets`
+      matches nothing, if no leaf has a subspace of rank `r` (naming one and its shape), or if
+      `moments='rotate'` meets state it cannot rotate.
 
   References:
     Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
     <https://arxiv.org/abs/2403.03507>`_, 2024
   """
-  _check(rank, side, refresh_every, basis, moments)
   basis = subspace_iteration() if basis is None else basis
+  lift = lifts.back() if lift is None else lift
+  ways = Ways(
+    basis,
+    storage_lib.whole() if storage is None else storage,
+    intervals.fixed() if interval is None else interval,
+  )
+  _check(rank, side, refresh_every, moments, lift, ways)
   inner = optax.with_extra_args_support(inner)
 
   def impose(plan, leaf):
@@ -117,59 +149,95 @@ def project(
     inner_state = inner.init(projected)
     if moments == 'rotate':
       moments_lib.check(inner_state, projected, plans)
-    return ProjectState(
+    starts = [_start(plan, leaf, ways, refresh_every) for plan, leaf in zip(plans, leaves)]
+    state = ProjectState(
       count=jnp.zeros([], jnp.int32),
-      left=treedef.unflatten(map(_first_left, plans, leaves)),
-      right=treedef.unflatten(map(_first_right, plans, leaves)),
+      left=None,
+      right=None,
       inner=inner_state,
+      outside=optax.EmptyState(),
+      interval=None,
     )
+    if lift.outside is not None:
+      state = state._replace(outside=lift.outside.init(_only_projected(plans, leaves, treedef)))
+    return _keep(state, starts, treedef, ways)
 
-  def update(updates, state, params=None, **extra_args):
-    del params
-    return explicit.on_auto_axes(step, (updates, state), updates, state, extra_args)
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    projected: bool = False,
+    only_refresh=None,
+    layer: Layer | None = None,
+    **extra_args,
+  ):
+    if projected:
+      _check_projected(params, basis, lift)
+    whole = params if projected else updates
+    plans = plan_leaves(whole, rank, side, targets, layer)
+    firsts = [first_in_leaf(plan, layer) for plan in plans]
+    function = functools.partial(step, plans, projected)
+    arguments = updates, state, firsts, only_refresh, extra_args
+    return explicit.on_auto_axes(function, (whole, state), *arguments)
 
-  def step(updates, state, extra_args):
-    plans = plan_leaves(updates, rank, side, targets)
+  def step(plans, projected, updates, state, firsts, only_refresh, extra_args):
     gradients, treedef = jax.tree.flatten(updates)
-    left, right = treedef.flatten_up_to(state.left), treedef.flatten_up_to(state.right)
-    inner_leaves, inner_treedef = jax.tree.flatten(state.inner)
-    owned = [{} for _ in plans]
-    if moments == 'rotate':
-      owned = moments_lib.of_leaves(state.inner, updates, plans)
+    clocks = [
+      Clock(plan, first, state.count, refresh_every, stagger) for plan, first in zip(plans, firsts)
+    ]
+    held, inner_state = _held(state, treedef, ways), state.inner
+    if not projected and ways.basis.draw is None:
+      held, inner_state = renew(clocks, gradients, updates, held, inner_state, only_refresh)
+      state = _keep(state._replace(inner=inner_state), held, treedef, ways)
+    if only_refresh is not None:
+      return updates, state
 
-    total = sum(plan.units for plan in plans)
-    key = jax.random.fold_in(jax.random.key(seed), state.count)
+    left = [_basis(c, h.left, g, basis, seed, -2) for c, h, g in zip(clocks, held, gradients)]
+    right = [_basis(c, h.right, g, basis, seed, -1) for c, h, g in zip(clocks, held, gradients)]
+    reduced = gradients
+    if not projected:
+      reduced = [_project(*each) for each in zip(gradients, left, right)]
+    reduced = [impose(plan, leaf) for plan, leaf in zip(plans, reduced)]
+    answers, inner_state = inner.update(treedef.unflatten(reduced), inner_state, None, **extra_args)
+    answers = treedef.flatten_up_to(answers)
+
+    outputs, withouts, outside = list(answers), [None] * len(plans), state.outside
     for i, plan in enumerate(plans):
       if plan.projected:
-        low, high = _due(plan, total, state.count, refresh_every, stagger)
-        held = {index: inner_leaves[index] for index in owned[i]}
-        left[i], right[i], held = _refresh(
-          plan, gradients[i], left[i], right[i], held, owned[i], low, high, key, basis
-        )
-        for index, moment in held.items():
-          inner_leaves[index] = moment
+        back = lambda x, i=i: _back(impose(plans[i], x), left[i], right[i])
+        wide = gradients[i].astype(_dtype(gradients[i]))
+        arguments = plan, scale, back, wide, reduced[i], answers[i]
+        outputs[i], withouts[i] = lift.split(*arguments)
+    if lift.outside is not None:
+      withouts, outside = lift.outside.update(_only_projected(plans, withouts, treedef), outside)
+      for i, without in enumerate(treedef.flatten_up_to(withouts)):
+        if plans[i].projected:
+          outputs[i] = without if outputs[i] is None else outputs[i] + without
+    outputs = [u.astype(g.dtype) for u, g in zip(outputs, gradients)]
+    return treedef.unflatten(outputs), state._replace(
+      count=optax.safe_increment(state.count), inner=inner_state, outside=outside
+    )
 
-    projected = treedef.unflatten(
-      impose(plan, _project(plan, g, p, q)) for plan, g, p, q in zip(plans, gradients, left, right)
-    )
-    outputs, inner_state = inner.update(
-      projected, inner_treedef.unflatten(inner_leaves), None, **extra_args
-    )
-    outputs = [
-      (scale * _back(impose(plan, u), p, q) if plan.projected else u).astype(g.dtype)
-      for plan, g, u, p, q in zip(plans, gradients, treedef.flatten_up_to(outputs), left, right)
-    ]
-    return treedef.unflatten(outputs), ProjectState(
-      count=optax.safe_increment(state.count),
-      left=treedef.unflatten(left),
-      right=treedef.unflatten(right),
-      inner=inner_state,
-    )
+  def renew(clocks, gradients, updates, held, inner_state, when):
+    """Gives every leaf's due units new bases, and rotates their moments."""
+    inner_leaves, inner_treedef = jax.tree.flatten(inner_state)
+    owned = [{} for _ in clocks]
+    if moments == 'rotate':
+      owned = moments_lib.of_leaves(inner_state, updates, [clock.plan for clock in clocks])
+    key = jax.random.fold_in(jax.random.key(seed), clocks[0].count) if clocks else None
+    for i, clock in enumerate(clocks):
+      if clock.plan.projected:
+        with_moments = held[i]._replace(moments={k: inner_leaves[k] for k in owned[i]})
+        held[i] = refresh(ways, clock, gradients[i], with_moments, owned[i], key, when)
+        for index, moment in held[i].moments.items():
+          inner_leaves[index] = moment
+    return held, inner_treedef.unflatten(inner_leaves)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(rank, side, refresh_every, basis, moments):
+def _check(rank, side, refresh_every, moments, lift, ways):
   check_rank(rank)
   if side not in SIDES:
     raise ValueError(f'side must be one of {", ".join(SIDES)}; got {side!r}')
@@ -178,12 +246,49 @@ def _check(rank, side, refresh_every, basis, moments):
     refresh_every != int(refresh_every) or refresh_every < 1
   ):
     raise ValueError(f'refresh_every counts updates and must be at least 1, got {refresh_every!r}')
-  if basis is not None and not isinstance(basis, Basis):
-    raise ValueError(
-      f'basis must be a Basis, for instance subspace_iteration() or svd(); got {basis!r}'
-    )
   if moments not in ('keep', 'rotate'):
     raise ValueError(f"moments must be 'keep' or 'rotate', got {moments!r}")
+  for name, kind, value in (
+    ('basis', Basis, ways.basis),
+    ('lift', Lift, lift),
+    ('storage', Storage, ways.storage),
+    ('interval', Interval, ways.interval),
+  ):
+    if not isinstance(value, kind):
+      example = {'basis': 'svd', 'lift': 'back', 'storage': 'packed', 'interval': 'lazy'}[name]
+      raise ValueError(
+        f'{name} must be a {kind.__name__}, for instance what {example}() returns; got {value!r}'
+      )
+  if lift.one_sided and side == 'both':
+    raise ValueError(
+      "a lift that scales channels takes the projection of one side, not side='both'"
+    )
+  if ways.basis.draw is not None:
+    for name, wrong in (
+      ("moments='rotate'", moments == 'rotate'),
+      ('a lift that subtracts the projection', lift.orthonormal),
+      ('an interval with state', bool(ways.interval.field is not optax.EmptyState)),
+    ):
+      if wrong:
+        raise ValueError(
+          f'{name} needs bases that are found and kept; a basis that is drawn anew is neither, nor '
+          'is it orthonormal. Use svd() or subspace_iteration()'
+        )
+
+
+def _check_projected(params, basis, lift):
+  if lift.reads_gradient:
+    raise ValueError(
+      'projected=True gives no gradient of full size, which the lift of this transform scales; '
+      'accumulate whole gradients instead'
+    )
+  if basis.draw is not None:
+    raise ValueError(
+      'projected=True takes gradients projected to bases that the state holds; a basis that is '
+      'drawn anew is not among them. Use svd() or subspace_iteration()'
+    )
+  if params is None:
+    raise ValueError('projected=True knows the leaves by their parameters: pass params to update')
 
 
 def _dtype(leaf):
@@ -199,107 +304,100 @@ def _projected_zeros(plan: Plan, leaf):
   return explicit.lay_out_like(jnp.zeros(shape, _dtype(leaf)), leaf)
 
 
-def _first_left(plan: Plan, leaf):
-  return _identity(leaf, leaf.shape[-2], plan.rank) if plan.left else optax.MaskedNode()
+def _only_projected(plans, leaves, treedef):
+  masked = [leaf if plan.projected else optax.MaskedNode() for plan, leaf in zip(plans, leaves)]
+  return treedef.unflatten(masked)
 
 
-def _first_right(plan: Plan, leaf):
-  return _identity(leaf, plan.rank, leaf.shape[-1]) if plan.right else optax.MaskedNode()
+def _start(plan: Plan, leaf, ways: Ways, refresh_every) -> Held:
+  """State of one leaf before its first bases."""
+  if not plan.projected:
+    return Held((), (), (), {})
+  left = right = ()
+  if ways.basis.draw is None:
+    *_, m, n = leaf.shape
+    left = _identity(leaf, (m, plan.rank), -2, ways) if plan.left else ()
+    right = _identity(leaf, (plan.rank, n), -1, ways) if plan.right else ()
+  return Held(left, right, ways.interval.init(leaf, plan, refresh_every), {})
 
 
-def _identity(leaf, rows, columns):
+def _identity(leaf, shape, axis, ways):
   # Finite and orthonormal, and `subspace_iteration` knows by it that it starts cold.
-  identity = jnp.eye(rows, columns, dtype=_dtype(leaf))
-  identity = jnp.broadcast_to(identity, (*leaf.shape[:-2], rows, columns))
-  return explicit.lay_out_like(identity, leaf)
+  identity = jnp.eye(*shape, dtype=_dtype(leaf))
+  identity = jnp.broadcast_to(identity, (*leaf.shape[:-2], *shape))
+  return tuple(explicit.lay_out_like(part, leaf) for part in ways.storage.pack(identity, axis))
 
 
-def _due(plan: Plan, total: int, count, refresh_every, stagger: bool):
-  """The leaf's units that refresh in this update: `[low, high)`, empty as a rule.
-
-  Units in slot `s` are those with `s * total / refresh_every <= u < (s + 1) * total /
-  refresh_every`, a contiguous range in every leaf.
-  """
-  slot = count % refresh_every
-  if stagger:
-    start = -(-slot * total // refresh_every) - plan.first
-    stop = -(-(slot + 1) * total // refresh_every) - plan.first
-    start, stop = jnp.where(count == 0, 0, start), jnp.where(count == 0, plan.units, stop)
-  else:
-    start, stop = 0, jnp.where(slot == 0, plan.units, 0)
-  return jnp.clip(start, 0, plan.units), jnp.clip(stop, 0, plan.units)
+def _keep(state: ProjectState, held: list[Held], treedef, ways: Ways) -> ProjectState:
+  """Writes every leaf's bases and times into the fields of the state."""
+  fields = {name: [getattr(leaf, name) for leaf in held] for name in ('left', 'right', 'interval')}
+  collect = lambda name, field: _collect(fields[name], treedef, field)
+  return state._replace(
+    left=collect('left', ways.storage.field),
+    right=collect('right', ways.storage.field),
+    interval=collect('interval', ways.interval.field),
+  )
 
 
-def _refresh(plan, gradient, left, right, held, kinds, low, high, key, basis):
-  """Gives the units `[low, high)` of one leaf new bases, one matrix at a time.
-
-  A loop with bounds known at run time only: no trip, no cost. A `cond` would carry both versions of
-  the stacked bases, and a `vmap` would turn it into a `select` that refreshes every layer always.
-
-  Args:
-    plan: The leaf's plan.
-    gradient: `[..., m, n]`.
-    left: `[..., m, r]` or a MaskedNode.
-    right: `[..., r, n]` or a MaskedNode.
-    held: The inner state's moments of this leaf, by any key.
-    kinds: For each of those keys `'linear'` or `'square'`.
-    low: i32[], first unit.
-    high: i32[], unit after the last.
-    key: Noise key of this update.
-    basis: How to find a basis.
-
-  Returns:
-    `left`, `right` and `held`, refreshed.
-  """
-  units = lambda x: x.reshape(plan.units, *x.shape[-2:])
-  stacked = units(gradient)
-
-  def body(unit, carry):
-    left, right, held = carry
-    matrix = stacked[unit].astype(_dtype(gradient))
-    noise = jax.random.fold_in(fold_in_path(key, plan.path), unit)
-    turn_left = turn_right = None
-    if plan.left:
-      old = left[unit]
-      new = _finite_or(basis.refresh(matrix, old, noise), old)
-      left, turn_left = left.at[unit].set(new), _dot(new.T, old)
-    if plan.right:
-      old = right[unit].T
-      new = _finite_or(basis.refresh(matrix.T, old, noise), old)
-      right, turn_right = right.at[unit].set(new.T), _dot(new.T, old)
-    held = {
-      k: x.at[unit].set(moments_lib.rotate(x[unit], kinds[k], turn_left, turn_right))
-      for k, x in held.items()
-    }
-    return left, right, held
-
-  carry = left, right, held
-  refreshed = lax.fori_loop(low, high, body, jax.tree.map(units, carry))
-  return jax.tree.map(lambda new, old: new.reshape(old.shape), refreshed, carry)
+def _held(state: ProjectState, treedef, ways: Ways) -> list[Held]:
+  """Reads what `_keep` wrote."""
+  columns = (
+    _distribute(state.left, treedef, ways.storage.field),
+    _distribute(state.right, treedef, ways.storage.field),
+    _distribute(state.interval, treedef, ways.interval.field),
+  )
+  return [Held(*parts, {}) for parts in zip(*columns)]
 
 
-def _finite_or(new, old):
-  return jnp.where(jnp.all(jnp.isfinite(new)), new, old)
+def _collect(rows, treedef, field):
+  """One tuple of arrays a leaf to `field` of one tree for each of its arguments."""
+  trees = []
+  for i in range(_width(field)):
+    column = [row[i] if row else optax.MaskedNode() for row in rows]
+    trees.append(treedef.unflatten(column))
+  return field(*trees)
 
 
-def _project(plan: Plan, gradient, left, right):
-  """`[..., m, n]` to `[..., r, n]`, `[..., m, r]` or `[..., r, r]`."""
+def _distribute(tree, treedef, field):
+  trees = tree if isinstance(tree, tuple) and type(tree) is field else (tree,)
+  trees = trees[: _width(field)]
+  columns = [treedef.flatten_up_to(each) for each in trees]
+  present = lambda parts: tuple(x for x in parts if not isinstance(x, optax.MaskedNode))
+  return [present(parts) for parts in zip(*columns)] or [()] * treedef.num_leaves
+
+
+def _width(field) -> int:
+  return len(getattr(field, '_fields', ('tree',)))
+
+
+def _basis(clock: Clock, parts, gradient, basis: Basis, seed, axis):
+  """The basis of one side of a leaf, f32; None if there is none."""
+  plan = clock.plan
+  if not (plan.projected and (plan.left if axis == -2 else plan.right)):
+    return None
+  if basis.draw is None:
+    return storage_lib.unpack(parts, axis)
+  units = clock.first + jnp.arange(plan.units, dtype=jnp.int32)
+  address = Address(plan.path, axis, seed, intervals.refreshes_before(clock), units)
+  drawn = basis.draw(address, (*gradient.shape[:-2], gradient.shape[axis], plan.rank))
+  drawn = drawn.astype(_dtype(gradient))
+  return drawn if axis == -2 else drawn.mT
+
+
+def _project(gradient, left, right):
+  """`[..., m, n]` to `[..., r, n]`, `[..., m, r]` or `[..., r, r]`; others as they are, in f32."""
   gradient = gradient.astype(_dtype(gradient))
-  if plan.left:
+  if left is not None:
     gradient = left.mT @ gradient
-  if plan.right:
+  if right is not None:
     gradient = gradient @ right.mT
   return gradient
 
 
-def _back(update, left: Any, right: Any):
+def _back(update, left, right):
   """Undoes `_project`, within the subspace."""
-  if not isinstance(left, optax.MaskedNode):
+  if left is not None:
     update = left @ update
-  if not isinstance(right, optax.MaskedNode):
+  if right is not None:
     update = update @ right
   return update
-
-
-def _dot(x, y):
-  return jnp.matmul(x, y, precision=PRECISION)

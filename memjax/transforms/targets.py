@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from memjax.transforms.layers import Layer
 from memjax.transforms.paths import path_string
 
 SIDES = ('short', 'long', 'left', 'right', 'both')
@@ -31,6 +32,8 @@ class Plan(NamedTuple):
   rank: int
   units: int  # Matrices in the leaf, 0 when it is not projected.
   first: int  # This leaf's first unit, in the numbering over all leaves.
+  total: int  # Units of all leaves.
+  sliced: bool = False  # Whether the leaf is one layer of those that `first` and `total` count.
 
   @property
   def projected(self) -> bool:
@@ -66,13 +69,24 @@ def check_rank(rank: Rank) -> None:
     raise ValueError(f'rank must be a positive int, got {rank!r}')
 
 
-def plan_leaves(tree: Any, rank: Rank, side: str, targets: Targets) -> list[Plan]:
+def plan_leaves(
+  tree: Any, rank: Rank, side: str, targets: Targets, layer: Layer | None = None
+) -> list[Plan]:
   """Decides for every leaf of `tree`, in the order of `jax.tree.leaves`.
+
+  Args:
+    tree: Arrays or shapes.
+    rank: As `project`.
+    side: As `project`.
+    targets: As `project`.
+    layer: The layer that `tree` holds of its stacked leaves; they are decided on as whole stacks.
 
   Raises:
     ValueError: if a regular expression matches no path, or no targeted leaf has a subspace of its
       rank.
   """
+  if layer is not None:
+    return [_slice(plan, layer) for plan in plan_leaves(layer.whole(tree), rank, side, targets)]
   named = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
   targeted = _match(named, targets)
   plans, first = [], 0
@@ -85,11 +99,22 @@ def plan_leaves(tree: Any, rank: Rank, side: str, targets: Targets) -> list[Plan
       if leaf_rank <= min(m, n):
         left, right = _sides(side, m, n)
         units = math.prod(leaf.shape[:-2])
-    plans.append(Plan(path, left, right, leaf_rank, units, first))
+    plans.append(Plan(path, left, right, leaf_rank, units, first, total=0))
     first += units
   if named and first == 0:
     _refuse(named, targeted, rank)
-  return plans
+  return [plan._replace(total=first) for plan in plans]
+
+
+def first_in_leaf(plan: Plan, layer: Layer | None):
+  """Number, within its leaf, of the first unit that a transform sees: of a layer, or 0."""
+  return layer.index * plan.units if plan.sliced else 0
+
+
+def _slice(plan: Plan, layer: Layer) -> Plan:
+  if not layer.holds(plan.path):
+    return plan
+  return plan._replace(units=plan.units // layer.count, sliced=True)
 
 
 def _sides(side: str, m: int, n: int) -> tuple[bool, bool]:
