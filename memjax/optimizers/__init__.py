@@ -10,7 +10,7 @@ import inspect
 
 from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd
 from memjax.optimizers.factored import adafactor, adalomo, came, galore_adafactor, sm3
-from memjax.optimizers.low_rank import BASES, galore
+from memjax.optimizers.low_rank import BASES, apollo, apollo_mini, fira, galore, golore, q_galore
 
 __all__ = ['BASES', 'OPTIMIZERS', 'REQUIRED', 'arguments']
 
@@ -19,11 +19,16 @@ OPTIMIZERS = {
   'adalomo': adalomo,
   'adam_mini': adam_mini,
   'adamw': adamw,
+  'apollo': apollo,
+  'apollo_mini': apollo_mini,
   'came': came,
+  'fira': fira,
   'galore': galore,
   'galore_adafactor': galore_adafactor,
+  'golore': golore,
   'lion': lion,
   'muon': muon,
+  'q_galore': q_galore,
   'sgd': sgd,
   'sm3': sm3,
 }
