@@ -12,7 +12,7 @@ from memjax.config import default, optimizer, parse_arg
 
 METHODS = {
   'adafactor': dict(name='adafactor', learning_rate=0.01),
-  'adamw': dict(name='adamw', learning_rate=0.01, scale=0.15),
+  'adamw': dict(name='adamw', learning_rate=0.01, scale=0.05),
   'galore': dict(name='galore', learning_rate=0.01, rank=64, refresh_every=50),
   'galore_svd': dict(name='galore', learning_rate=0.01, rank=64, refresh_every=50, basis='svd'),
 }

@@ -24,6 +24,8 @@ from absl import logging
 from etils import epath
 from jax import lax
 
+from memjax.naming import path_string
+
 
 class Restored(NamedTuple):
   """What `Checkpoints.restore` found."""
@@ -383,10 +385,7 @@ def _with_sharding(leaf):
 
 def _by_path(tree):
   """Leaves by slash-joined path, in the order of `jax.tree.leaves`."""
-  leaves = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
   if len(leaves) != len(jax.tree.leaves(tree)):
     raise ValueError('two leaves of the state have the same path; rename keys that contain "/"')
   return leaves

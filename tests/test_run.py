@@ -309,7 +309,7 @@ def change(**fields):
     ('adamw', change(model_args={'vocab': 511}, mesh__tensor=2), r'shape \(.*511.*config.mesh'),
     ('adamw', change(batch_size=12), 'config.batch_size a multiple of 8'),
     ('adamw', change(model='llama_tny'), 'llama_tiny'),
-    ('adamw', change(data__sources=('txt:x',)), "unknown scheme 'txt'; did you mean 'text'"),
+    ('adamw', change(data__sources=('txt:x',)), "unknown scheme 'txt'; the nearest is 'text'"),
     ('adamw', change(data__sources=('text:/nowhere/*',)), 'no file matches /nowhere'),
     ('adamw', change(model_args={'vocab': 128}), '128'),
   ],

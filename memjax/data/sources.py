@@ -4,7 +4,6 @@ Nothing here downloads. A source that is not on this machine raises `Missing`, w
 how to get it.
 """
 
-import difflib
 import glob
 import gzip
 import hashlib
@@ -15,6 +14,8 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from memjax.naming import nearest
 
 PIECE_CHARS = 4000  # The least text of a 'stdlib' document, except at the end of a file.
 
@@ -71,11 +72,7 @@ def open_first(schemes):
 def _check_scheme(scheme):
   kind, _, rest = scheme.partition(':')
   if kind not in OPENERS:
-    near = difflib.get_close_matches(kind, OPENERS, n=1, cutoff=0.0)[0]
-    raise ValueError(
-      f'data source {scheme!r}: unknown scheme {kind!r}; did you mean {near!r}? '
-      f'Known: {", ".join(OPENERS)}'
-    )
+    raise ValueError(f'data source {scheme!r}: unknown scheme {kind!r}; {nearest(kind, OPENERS)}')
   if (kind == 'stdlib') != (not rest):
     form = {'text': 'text:GLOB', 'jsonl': 'jsonl:GLOB:FIELD', 'tfds': 'tfds:NAME'}.get(kind, kind)
     raise ValueError(f'data source {scheme!r}: write {form!r}')

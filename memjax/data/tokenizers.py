@@ -1,7 +1,6 @@
 """Text to token ids and back: bytes, a BPE trained on the corpus, or a published tokenizer."""
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -10,11 +9,12 @@ import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
+from memjax.naming import nearest
+
 END_OF_TEXT = '<|endoftext|>'
 END_TOKENS = (END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
-SAMPLE_CHARS = (
-  2**26
-)  # A BPE of this size changes little beyond some 64 M characters, and training has a bound.
+# A BPE of this size changes little beyond some 64 M characters, and training has a bound.
+SAMPLE_CHARS = 2**26
 
 
 class Tokenizer(NamedTuple):
@@ -50,10 +50,9 @@ def open_tokenizer(name, source, *, vocab_size, cache_dir):
   else:
     path = pathlib.Path(name).expanduser()
     if path.suffix not in OPENERS:
-      near = difflib.get_close_matches(name, ['bytes', 'bpe'], n=1, cutoff=0.0)[0]
       raise ValueError(
-        f'unknown tokenizer {name!r}; did you mean {near!r}? '
-        "Known: 'bytes', 'bpe', the path of a tokenizer.json, the path of a SentencePiece .model"
+        f'unknown tokenizer {name!r}; {nearest(name, ["bytes", "bpe"])}, the path of a '
+        'tokenizer.json, or the path of a SentencePiece .model'
       )
     if not path.is_file():
       raise ValueError(

@@ -1,11 +1,11 @@
 """Models by name."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from memjax.models.llama import Llama
 from memjax.models.presets import LLAMA
+from memjax.naming import nearest
 
 # Name -> model family, and the fields that make the size.
 PRESETS = {name: (Llama, fields) for name, fields in LLAMA.items()}
@@ -25,15 +25,10 @@ def create(name: str, **overrides: Any) -> Llama:
   6738415616
   """
   if name not in PRESETS:
-    raise ValueError(f'No model is called {name!r}.{_nearest(name, PRESETS)}')
+    raise ValueError(f'no model is called {name!r}; {nearest(name, PRESETS)}')
   family, fields = PRESETS[name]
   known = [field.name for field in dataclasses.fields(family)]
   for override in overrides:
     if override not in known:
-      raise ValueError(f'{family.__name__} has no field {override!r}.{_nearest(override, known)}')
+      raise ValueError(f'{family.__name__} has no field {override!r}; {nearest(override, known)}')
   return family(**{**fields, **overrides})
-
-
-def _nearest(name: str, known) -> str:
-  nearest = difflib.get_close_matches(name, known, n=1)
-  return f' Did you mean {nearest[0]!r}?' if nearest else f' Known: {", ".join(sorted(known))}.'

@@ -20,7 +20,6 @@ Any leaf may be a `memjax.weights.Weight` instead of an array.
 
 import dataclasses
 import math
-import zlib
 from typing import Any, ClassVar
 
 import jax
@@ -36,6 +35,7 @@ from memjax.models.layout import spread_lookup, sum_over_batch
 from memjax.models.module import bind, shapes
 from memjax.models.remat import check_policy, rematerialise
 from memjax.models.rotary import RopeScaling
+from memjax.naming import fold_in_path, path_string
 
 Params = dict[str, Any]
 
@@ -206,11 +206,10 @@ class Llama:
     return jax.tree.map_with_path(lambda path, leaf: self._draw(key, path, leaf), self.abstract())
 
   def _draw(self, key, path, leaf):
-    path = jax.tree_util.keystr(path, simple=True, separator='/')
+    path = path_string(path)
     if path.endswith('scale'):
       return jnp.ones(leaf.shape, leaf.dtype)
-    # crc32 and not hash(): Python salts the latter in every process.
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    key = fold_in_path(key, path)
     # Drawn in f32: 16-bit normals are made from 16 random bits and have no tails.
     draw = lambda key, shape: (self.init_std * jax.random.normal(key, shape, jnp.float32)).astype(
       leaf.dtype

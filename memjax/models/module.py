@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import weights
+from memjax.naming import path_string
 
 Module = TypeVar('Module', bound=nnx.Module)
 
@@ -53,4 +54,4 @@ def paths(tree: Any) -> list[str]:
   ['attn/q/kernel']
   """
   leaves = jax.tree.leaves_with_path(tree, is_leaf=weights.is_weight)
-  return [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
+  return [path_string(path) for path, _ in leaves]

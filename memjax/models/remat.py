@@ -4,10 +4,11 @@ Shapes in this file: `B T` tokens a layer, hidden width `D`, `N` query and `K` k
 width `H`.
 """
 
-import difflib
 from collections.abc import Callable
 
 import jax
+
+from memjax.naming import nearest
 
 _policies = jax.checkpoint_policies
 
@@ -29,10 +30,8 @@ POLICIES: dict[str, Callable | None] = {
 def check_policy(policy: str) -> None:
   """Raises a `ValueError` naming the nearest policy when `policy` is unknown."""
   if policy not in POLICIES:
-    nearest = difflib.get_close_matches(policy, POLICIES, n=1, cutoff=0)[0]
     raise ValueError(
-      f'No rematerialisation policy is called {policy!r}; did you mean {nearest!r}? '
-      f'Known: {", ".join(POLICIES)}.'
+      f'no rematerialisation policy is called {policy!r}; {nearest(policy, POLICIES)}'
     )
 
 

@@ -107,8 +107,8 @@ def test_no_source_left_lists_all(tmp_path):
 @pytest.mark.parametrize(
   ('schemes', 'said'),
   [
-    (['stdlb'], "unknown scheme 'stdlb'; did you mean 'stdlib'"),
-    (['stdlib', 'json:/x:text'], "did you mean 'jsonl'"),
+    (['stdlb'], "unknown scheme 'stdlb'; the nearest is 'stdlib'"),
+    (['stdlib', 'json:/x:text'], "the nearest is 'jsonl'"),
     (['text:'], "write 'text:GLOB'"),
     (['stdlib:x'], "write 'stdlib'"),
     (['jsonl:/x'], "write 'jsonl:GLOB:FIELD'"),

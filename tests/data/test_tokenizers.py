@@ -134,8 +134,8 @@ def test_a_vocabulary_smaller_than_the_data_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
   ('name', 'said'),
   [
-    ('bpee', "did you mean 'bpe'"),
-    ('byte', "did you mean 'bytes'"),
+    ('bpee', "the nearest is 'bpe'"),
+    ('byte', "the nearest is 'bytes'"),
     (str(pathlib.Path('absent') / 'tokenizer.json'), 'no such file'),
     ('absent.model', 'no such file'),
   ],

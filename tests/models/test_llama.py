@@ -204,7 +204,7 @@ def test_7b_is_described_without_allocating():
     (dict(head_dim=7), 'head_dim 7 is odd'),
     (dict(layers=0), 'layers 0'),
     (dict(attention='flash'), 'auto, xla, cudnn'),
-    (dict(remat='dot'), "did you mean 'dots'"),
+    (dict(remat='dot'), "the nearest is 'dots'"),
   ],
 )
 def test_impossible_sizes_are_refused(fields, message):
