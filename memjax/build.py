@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from memjax import config as config_lib
 from memjax import models, optimizers, schedules, sharding
-from memjax.steps import whole_tree
+from memjax.steps import layerwise, whole_tree
 
 
 class Parts(NamedTuple):
@@ -54,13 +54,16 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     'opt': sharding.state_shardings(state['opt'], params, shardings),
   }
   state = _place(state, shardings)
-  train_step = whole_tree.make_train_step(
-    model.loss,
-    transform,
+  options = dict(
     accumulate=config.accumulate,
     clip_norm=config.clip_norm or None,
+    clip_by=config.clip_by,
     rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
   )
+  if config.step == 'layerwise':
+    train_step = layerwise.make_train_step(model, transform, shardings=shardings, **options)
+  else:
+    train_step = whole_tree.make_train_step(model.loss, transform, **options)
   return Parts(
     model=model,
     schedule=schedule,

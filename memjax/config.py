@@ -17,7 +17,6 @@ types cannot.
 """
 
 import ast
-import difflib
 import pathlib
 import re
 import runpy
@@ -26,6 +25,10 @@ import types
 from ml_collections import ConfigDict
 
 from memjax import optimizers, schedules
+from memjax.naming import nearest
+
+STEPS = ('whole_tree', 'layerwise')  # Modules of memjax.steps.
+CLIPS = ('global', 'layer')
 
 # What may differ between runs that share a work directory: nothing here changes what a finished
 # step computed.
@@ -54,6 +57,7 @@ def default() -> ConfigDict:
   c.remat = 'none'  # What the backward pass recomputes: none, full, dots, ...
   c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
 
+  c.step = 'whole_tree'  # Or 'layerwise': one layer's gradient at a time, rematerialised in full.
   c.steps = 1000  # Updates.
   c.batch_size = 8  # Sequences an update, all micro-batches together.
   c.accumulate = 1  # Micro-batches an update.
@@ -73,7 +77,8 @@ def default() -> ConfigDict:
   c.schedule = ConfigDict(
     dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
   )  # Of `steps`; of the peak.
-  c.clip_norm = 0.0  # Largest global norm of the gradient; 0 does not clip.
+  c.clip_norm = 0.0  # Largest norm of the gradient; 0 does not clip.
+  c.clip_by = 'global'  # The norm of all gradients together; or 'layer', of each layer's.
 
   c.log_every = 10  # Updates.
   c.eval_every = 200  # Updates; the last is always evaluated. 0 never evaluates.
@@ -157,12 +162,6 @@ def parse_arg(arg: str, **defaults):
   return types.SimpleNamespace(**values)
 
 
-def nearest(word: str, known) -> str:
-  """Returns 'the nearest is ...' for an error about a name that does not exist."""
-  close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-  return f'the nearest is {close[0]!r}' if close else f'there are {", ".join(sorted(known))}'
-
-
 def check_field(c: ConfigDict, path: str) -> None:
   """Raises a `ValueError` if a config has no field such as `optimizer.rank`, with the nearest in
   that group.
@@ -185,6 +184,7 @@ def validate(c: ConfigDict) -> None:
   _check_fields(c.to_dict(), default().to_dict(), '')
   _look_up('schedule.name', c.schedule.name, schedules.SCHEDULES)
   _check_optimizer(c.optimizer.to_dict())
+  _check_step(c)
   for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
     if getattr(c, field) < 1:
       raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
@@ -228,6 +228,16 @@ def check_same_run(old: dict, new: dict) -> list[str]:
       '--workdir, or delete it'
     )
   return lines
+
+
+def _check_step(c: ConfigDict) -> None:
+  _look_up('step', c.step, STEPS)
+  _look_up('clip_by', c.clip_by, CLIPS)
+  if c.step == 'layerwise' and c.remat not in ('none', 'full'):
+    raise ValueError(
+      f'config.remat is {c.remat!r}, but the layer-by-layer step keeps the input of a layer and '
+      "nothing else, as 'full' does; set config.remat='full', or config.step='whole_tree'"
+    )
 
 
 def _check_optimizer(fields: dict) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from memjax import transforms
+from memjax.steps import clipping, micro_batches
 
 
 def init_state(init_params, transform: optax.GradientTransformation, key):
@@ -30,6 +31,7 @@ def make_train_step(
   *,
   accumulate: int = 1,
   clip_norm: float | None = None,
+  clip_by: str = 'global',
   rounding_key=None,
 ):
   """Returns `step(state, batch) -> (state, metrics)`, a pure function to be jitted with its state
@@ -43,15 +45,23 @@ def make_train_step(
     loss: `loss(params, batch) -> (sum f32[], count f32[])`.
     transform: Any optax transform; extra arguments it may ask for are not given.
     accumulate: Micro-batches a batch is cut into; divides `B`.
-    clip_norm: Largest global norm of the gradient, before the transform; None does not clip.
+    clip_norm: Largest norm of the gradient, before the transform; None does not clip.
+    clip_by: `'global'` clips by the norm of all gradients together; `'layer'` clips each layer of
+      `params['blocks']`, and each of the other groups of parameters, by its own norm.
     rounding_key: Root key of the stochastic rounding of 16-bit parameters; None rounds to nearest.
+
+  Raises:
+    ValueError: for another `clip_by`.
   """
+  clipping.check(clip_by)
 
   def step(state, batch):
     total, grads = _value_and_grad(loss, state['params'], batch, accumulate)
     norm = global_norm(grads)
-    if clip_norm is not None:
-      grads = _scale(grads, jnp.minimum(1.0, clip_norm / norm))
+    if clip_norm is not None and clip_by == 'global':
+      grads = clipping.by_norm(grads, norm, clip_norm)
+    elif clip_norm is not None:
+      grads = clipping.by_group(grads, clip_norm, stack='blocks')
     updates, opt = transform.update(grads, state['opt'], state['params'])
     key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
     params = transforms.apply_updates(state['params'], updates, key)
@@ -63,7 +73,7 @@ def make_train_step(
 
 def global_norm(tree):
   """Returns the Euclidean norm of all leaves together, summed in f32 whatever their dtype."""
-  return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+  return jnp.sqrt(clipping.square(tree))
 
 
 def _value_and_grad(loss, params, batch, accumulate):
@@ -73,24 +83,7 @@ def _value_and_grad(loss, params, batch, accumulate):
   def share(params, part):
     return loss(params, part)[0] / count
 
-  if accumulate == 1:
-    return jax.value_and_grad(share)(params, batch)
+  def one(part):
+    return jax.value_and_grad(share)(params, part), None
 
-  def add(total, part):
-    value, grads = jax.value_and_grad(share)(params, part)
-    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (value, grads)), None
-
-  zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-  total, _ = jax.lax.scan(add, (jnp.float32(0), zeros), _split(batch, accumulate))
-  return total
-
-
-def _split(batch, parts):
-  """Rows `i::parts` form micro-batch `i`: every device keeps its own rows, nothing moves."""
-  return jax.tree.map(
-    lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
-  )
-
-
-def _scale(tree, factor):
-  return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree)
+  return micro_batches.accumulate(one, micro_batches.split(batch, accumulate), accumulate)[0]

@@ -1,0 +1,122 @@
+"""Forward and backward pass of a model in pieces: a gradient is handed on as soon as it exists.
+
+Shapes in this file: `L` layers, `B` sequences of `T` tokens in `A` micro-batches, hidden width `D`.
+Hidden states are `[B, T, D]`, or `[A, B/A, T, D]` for more than one micro-batch; the layers' inputs
+have an axis `L` in front. One layer of a stacked parameter `[L, ...]` is `[1, ...]`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memjax.steps import slices
+from memjax.steps.micro_batches import accumulate
+from memjax.steps.slices import STACK
+
+EMBED = 'embed'  # The key of the parameters that `model.embed` reads.
+
+
+class Task(NamedTuple):
+  """What a pass runs on."""
+
+  model: Any  # With `embed`, `block`, `head_loss` and `tied`, as `memjax.models.Llama`.
+  batch: dict  # As `micro_batches.split` returns it.
+  number: int  # Micro-batches.
+  count: jax.Array  # f32[], tokens of the whole batch; the loss is the mean over them.
+  lay_out: Callable  # Of a dict of gradients: returns it sharded like the parameters.
+
+
+def forward(task: Task, params: dict) -> tuple[jax.Array, jax.Array]:
+  """Returns the hidden states after the last block, and every block's input `[L, ...]`."""
+  model, number = task.model, task.number
+  each = lambda function, parts: accumulate(lambda part: ((), function(part)), parts, number)[1]
+  x = each(lambda tokens: model.embed(params, tokens), task.batch['tokens'])
+
+  def body(x, layer):
+    return each(lambda x: model.block(layer, x), x), x
+
+  return lax.scan(body, x, params[STACK])
+
+
+def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.Array, dict]:
+  """Forms the gradients from the head down to the embedding, a group at a time.
+
+  Groups are what the head reads, each layer, and the embedding; a tied embedding's gradient is
+  completed last. A group's gradient is taken at the parameters that `carry` holds when its turn
+  comes, so `use` may change a group once its gradient exists.
+
+  Args:
+    task: What to differentiate.
+    last: Hidden states after the last block.
+    inputs: Inputs of the blocks, `[L, ...]`.
+    carry: Dict with `params`; the carry of a loop over layers, hence updated in place.
+    use: `use(carry, grads, index) -> carry`; `grads` is a dict of gradients in the parameters'
+      structure, `index` the layer, whose gradients are `[1, ...]`, or None.
+
+  Returns:
+    The mean loss f32[], and the last carry.
+  """
+  loss, grads, cotangent = _head(task, carry['params'], last)
+  tied = grads.pop(EMBED, None)
+  carry = use(carry, task.lay_out(grads), None)
+  # The head's gradient is used up before the first layer's is formed.
+  cotangent, carry = lax.optimization_barrier((cotangent, carry))
+  layers = slices.count_layers(carry['params'])
+
+  def body(step, state):
+    cotangent, carry = state
+    index = layers - 1 - step
+    layer = slices.take(carry['params'][STACK], index)
+    x = lax.dynamic_index_in_dim(inputs, index, keepdims=False)
+    grads, cotangent = _layer(task, layer, x, cotangent)
+    return cotangent, use(carry, task.lay_out({STACK: grads}), index)
+
+  cotangent, carry = lax.fori_loop(0, layers, body, (cotangent, carry))
+  grads = _embedding(task, carry['params'], cotangent)
+  if tied is not None:
+    grads = jax.tree.map(jnp.add, tied, grads)
+  return loss, use(carry, task.lay_out({EMBED: grads}), None)
+
+
+def _head(task, params, last):
+  """Mean loss, gradients of the parameters that the head reads, cotangents of the hidden states."""
+  read = EMBED if task.model.tied else None
+  params = {key: params[key] for key in params if key not in (STACK, EMBED) or key == read}
+
+  def share(params, x, part):
+    return task.model.head_loss(params, x, part['targets'], part['weights'])[0] / task.count
+
+  def one(part):
+    x, part = part
+    loss, (grads, cotangent) = jax.value_and_grad(share, argnums=(0, 1))(params, x, part)
+    return (loss, grads), cotangent
+
+  (loss, grads), cotangent = accumulate(one, (last, task.batch), task.number)
+  return loss, grads, cotangent
+
+
+def _layer(task, layer, x, cotangent):
+  """Gradients `[1, ...]` of one layer's parameters, and cotangents of its input."""
+
+  def block(layer, x):
+    return task.model.block(jax.tree.map(lambda leaf: leaf[0], layer), x)
+
+  def one(part):
+    x, cotangent = part
+    _, pull_back = jax.vjp(block, layer, x)
+    return pull_back(cotangent)
+
+  return accumulate(one, (x, cotangent), task.number)
+
+
+def _embedding(task, params, cotangent):
+  def one(part):
+    tokens, cotangent = part
+    embed = lambda table: task.model.embed({EMBED: table}, tokens)
+    _, pull_back = jax.vjp(embed, params[EMBED])
+    return pull_back(cotangent)[0], None
+
+  return accumulate(one, (task.batch['tokens'], cotangent), task.number)[0]

@@ -1,0 +1,35 @@
+"""Clipping gradients by their norm: all together, or layer by layer."""
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ('global', 'layer')
+
+
+def check(clip_by: str) -> None:
+  """Raises a `ValueError` for a way of clipping that does not exist."""
+  if clip_by not in KINDS:
+    raise ValueError(f'clip_by {clip_by!r} does not exist; there are {", ".join(KINDS)}')
+
+
+def square(tree) -> jax.Array:
+  """Returns the sum of squares f32[] over all leaves, summed in f32 whatever their dtype."""
+  return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree))
+
+
+def by_norm(tree, norm, clip_norm: float):
+  """Shortens `tree` as a gradient of this norm must be to have at most `clip_norm`."""
+  factor = jnp.minimum(1.0, clip_norm / norm)
+  return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree)
+
+
+def by_group(grads: dict, clip_norm: float, stack: str | None = None) -> dict:
+  """Shortens each group of gradients (embedding, last norm, head, a layer) by its own norm.
+
+  Args:
+    grads: Name -> tree of gradients.
+    clip_norm: Largest norm of a group.
+    stack: Name of a group whose leaves are `[L, ...]`, each layer a group; None for none.
+  """
+  clip = lambda tree: by_norm(tree, jnp.sqrt(square(tree)), clip_norm)
+  return {name: (jax.vmap(clip) if name == stack else clip)(tree) for name, tree in grads.items()}

@@ -1,0 +1,195 @@
+"""The training step layer by layer: the whole gradient tree never exists.
+
+Shapes in this file: `L` layers, `B` sequences of `T` tokens, hidden width `D`. A stacked leaf is
+`[L, ...]`, one layer of it `[1, ...]`.
+
+The forward pass keeps each layer's input. The backward pass is a loop whose carry holds the stacked
+parameters and optimizer state: it forms one layer's gradient, transforms it, writes the layer's new
+weights and state where the old ones were, and goes on to the layer before. (A scan that returned
+new weights would hold a second copy of them all; a carry is updated in place.)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from memjax import transforms
+from memjax.steps import clipping, slices
+from memjax.steps.backward import EMBED, Task, backward, forward
+from memjax.steps.micro_batches import split
+from memjax.steps.slices import STACK
+from memjax.transforms.layers import Layer
+from memjax.transforms.paths import fold_in_path, path_string
+from memjax.transforms.rounding import round_stochastically
+
+
+def make_train_step(
+  model: Any,
+  transform: optax.GradientTransformation,
+  *,
+  accumulate: int = 1,
+  clip_norm: float | None = None,
+  clip_by: str = 'global',
+  rounding_key=None,
+  shardings=None,
+):
+  """Returns `step(state, batch) -> (state, metrics)`, with the results of `whole_tree`'s.
+
+  Any transform will do whose update of a leaf needs that leaf alone; it sees one layer's slice of
+  gradients, parameters and state, and its counts advance once a step. What it computes over a whole
+  leaf (the root mean square in `optax.adafactor`) becomes a statistic of one layer, which is what
+  is meant where layers are not stacked.
+
+  Memory beside parameters and optimizer state: the layers' inputs, `L B T D` numbers; one layer's
+  gradient, in its parameters' dtype, or f32 with `accumulate > 1`; what one block keeps for its
+  backward pass, of one micro-batch; the gradient of the head, then that of the embedding (both at
+  once if tied). Time: that of `whole_tree` with `remat='full'`, since every block runs twice.
+  Communicates what that step does: a layer's weights are gathered, its gradient is reduced to the
+  shards of its parameter. With `accumulate > 1` micro-batches take turns within each layer and not
+  the other way round, so that gradients add up one layer at a time.
+
+  Args:
+    model: Has `embed`, `block`, `head_loss` and `tied`, as `memjax.models.Llama`.
+    transform: Any optax transform as above; `layer`, see `memjax.transforms.layers`, is the only
+      extra argument it is given.
+    accumulate: Micro-batches a batch is cut into; divides `B`.
+    clip_norm: Largest norm of the gradient, before the transform; None does not clip.
+    clip_by: `'global'` clips by the norm of all gradients together, which takes another backward
+      pass before the one that updates; `'layer'` clips each layer, and embedding, last norm and
+      head, by its own norm, which takes none.
+    rounding_key: Root key of the stochastic rounding of 16-bit parameters; None rounds to nearest.
+    shardings: `NamedSharding`s of the training state; gradients are laid out like their parameters.
+      None leaves it to the compiler.
+
+  Raises:
+    ValueError: here for an argument out of range; when the step is traced, for a transform whose
+      leaves depend on each other, naming one of them.
+
+  References:
+    Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
+    <https://arxiv.org/abs/2306.09782>`_, 2023 (the same with hooks, for plain descent)
+  """
+  clipping.check(clip_by)
+  transform = optax.with_extra_args_support(transform)
+  lay_out = _lay_out_like(shardings)
+
+  def step(state, batch):
+    advance = _advance(transform, state, rounding_key)
+    count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
+    task = Task(model, split(batch, accumulate), accumulate, count, lay_out)
+    last, inputs = forward(task, state['params'])
+    carry = {
+      'square': jnp.float32(0),
+      'params': state['params'],
+      'opt': jax.tree.leaves(state['opt']),
+    }
+
+    def measure(carry, grads, index):
+      del index
+      return {**carry, 'square': carry['square'] + clipping.square(grads)}
+
+    total = None
+    if clip_norm is not None and clip_by == 'global':
+      _, measured = backward(task, last, inputs, carry, measure)
+      # Without the barrier both passes would share the head's gradient, and keep it in between.
+      last, total = lax.optimization_barrier((last, jnp.sqrt(measured['square'])))
+
+    def update(carry, grads, index):
+      carry = measure(carry, grads, index)
+      if total is not None:
+        grads = clipping.by_norm(grads, total, clip_norm)
+      elif clip_norm is not None:
+        grads = clipping.by_group(grads, clip_norm)
+      return advance(carry, grads, index)
+
+    loss, carry = backward(task, last, inputs, carry, update)
+    opt = jax.tree.unflatten(jax.tree.structure(state['opt']), carry['opt'])
+    metrics = {'train/loss': loss, 'train/grad_norm': jnp.sqrt(carry['square'])}
+    return {'step': state['step'] + 1, 'params': carry['params'], 'opt': opt}, metrics
+
+  return step
+
+
+def _advance(transform, state, rounding_key):
+  """Returns `advance(carry, grads, index) -> carry`, which updates one group's parameters and
+  state.
+
+  The transform is called on the whole tree, with zeros for the gradients that are not there, so
+  that masks, labels and rules meet every leaf they know. What comes out for other groups is used by
+  nothing and the compiler drops it.
+  """
+  slots = slices.plan(transform, state['params'])
+  layers = slices.count_layers(state['params'])
+  treedef = jax.tree.structure(state['opt'])
+  key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
+
+  def advance(carry, grads, index):
+    params, opt, extra = carry['params'], carry['opt'], {}
+    if index is not None:
+      params = {**params, STACK: slices.take(params[STACK], index)}
+      opt = [slices.take(x, index) if slot.layered else x for slot, x in zip(slots, opt)]
+      extra['layer'] = Layer(index, layers, STACK)
+    whole = {k: grads[k] if k in grads else _zeros_like(params[k]) for k in params}
+    updates, after = transform.update(whole, treedef.unflatten(opt), params, **extra)
+    mine = lambda tree: {name: tree[name] for name in grads}
+    new, after = _add(mine(params), mine(updates), key, index), jax.tree.leaves(after)
+
+    if index is not None:
+      new = {STACK: slices.put(carry['params'][STACK], new[STACK], index)}
+    opt = [
+      _next(slot, old, x, grads, index)
+      for slot, old, x in zip(slots, carry['opt'], after, strict=True)
+    ]
+    return {**carry, 'params': {**carry['params'], **new}, 'opt': opt}
+
+  return advance
+
+
+def _next(slot, old, new, grads, index):
+  """What a leaf of the optimizer state becomes once a group has been updated."""
+  if slot.layered:
+    return old if index is None else slices.put(old, new, index)
+  if slot.owner is None or slot.owner.split('/')[0] == STACK:
+    # Counts and the like: every group starts from the old one, so it moves with the last.
+    return new if EMBED in grads else old
+  return new if slot.owner.split('/')[0] in grads else old
+
+
+def _zeros_like(tree):
+  return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _add(params, updates, key, index):
+  """Adds updates as `memjax.apply_updates` does, drawing a layer's noise at the layer's address."""
+  if index is None or key is None:
+    return transforms.apply_updates(params, updates, key)
+
+  def add(path, param, update):
+    if param.dtype != jnp.bfloat16:
+      return optax.apply_updates(param, update)
+    total = param.astype(jnp.float32) + update.astype(jnp.float32)
+    leaf_key = jax.random.fold_in(fold_in_path(key, path_string(path)), index)
+    return round_stochastically(total[0], leaf_key)[None]
+
+  return jax.tree_util.tree_map_with_path(add, params, updates)
+
+
+def _lay_out_like(shardings):
+  """Returns a function that shards a dict of gradients like its parameters."""
+  if shardings is None:
+    return lambda grads: grads
+  for path, sharding in jax.tree_util.tree_leaves_with_path(shardings['params'][STACK]):
+    if sharding.spec and sharding.spec[0] is not None:
+      raise ValueError(
+        f'{STACK}/{path_string(path)}: the axis of layers is sharded over {sharding.spec[0]!r}, but '
+        'a layer-by-layer step visits one layer after the other on all devices'
+      )
+
+  def lay_out(grads):
+    where = {name: shardings['params'][name] for name in grads}
+    return jax.lax.with_sharding_constraint(grads, where)
+
+  return lay_out
