@@ -2,7 +2,7 @@
 
 The same command resumes. `:smoke` after the file name runs it in seconds on a CPU, and
 `--config.field=value` changes a field. On a pod, start the same command with `--distributed` on
-every host.
+every host. `--plan=v5e:2x2` only says what the step needs there; `python -m memjax.plan` says more.
 """
 
 import os
@@ -16,11 +16,14 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from memjax.config import check_field, load, run_name  # noqa: E402
+from memjax import command, plan  # noqa: E402
+from memjax.config import run_name  # noqa: E402
+from memjax.plan.receipt import show  # noqa: E402
 from memjax.train import train  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
 WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run writes; default runs/<config>.')
+PLAN = flags.DEFINE_multi_string('plan', [], 'Say what this device would need, and do not train.')
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other hosts of a pod or cluster.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; default: found.')
 PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes; default: found.')
@@ -28,13 +31,13 @@ PROCESS = flags.DEFINE_integer('process', None, 'Index of this process; default:
 TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where a refused input was found.')
 
 
-def main(argv):
+def main():
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # Checkpointing tells every step it takes at INFO.
-  if len(argv) > 1:
-    raise ValueError(f'unknown argument {argv[1]!r}; options begin with --')
-  config = CONFIG.value
-  file = config_flags.get_config_filename(flags.FLAGS['config'])
+  config, file = CONFIG.value, command.config_file()
+  if PLAN.value:
+    show(plan.plan(config, PLAN.value), f'Memory of one training step of {run_name(file)}')
+    return
   workdir = WORKDIR.value or os.path.join('runs', run_name(file))
   if DISTRIBUTED.value or COORDINATOR.value:
     if config.cpu_devices:  # Many processes on a machine without an accelerator.
@@ -43,36 +46,8 @@ def main(argv):
   train(config, workdir)
 
 
-def parse_flags(argv):
-  """Parses the command line; what is wrong with it is one sentence, not a traceback."""
-  try:
-    remaining = flags.FLAGS(argv)
-    if CONFIG.value is None:
-      raise SystemExit('run.py: say which experiment, as --config=configs/quickstart.py')
-    CONFIG.value.to_dict()  # A config file that could not be read shows here.
-    return remaining
-  except (flags.Error, AttributeError, KeyError, OSError) as e:
-    error = e
-  options = dict(arg.lstrip('-').partition('=')[::2] for arg in argv[1:])
-  try:  # Our own reading of the same says it better.
-    config = load(options['config']) if options.get('config') else None
-    for name in options:
-      if config and name.startswith('config.'):
-        check_field(config, name.partition('.')[2])
-  except ValueError as e:
-    error = e
-  raise SystemExit(f'run.py: {error}')
-
-
-def run(argv):
-  """Runs `main`; a refused input is one sentence, not a traceback."""
-  try:
-    main(argv)
-  except (ValueError, FloatingPointError) as e:
-    if TRACEBACK.value:
-      raise
-    raise SystemExit(f'run.py: {e}\n(--traceback shows where this was found)') from None
-
-
 if __name__ == '__main__':
-  app.run(run, flags_parser=parse_flags)
+  app.run(
+    lambda argv: command.run('run.py', main, TRACEBACK.value),
+    flags_parser=command.parser('run.py', CONFIG),
+  )

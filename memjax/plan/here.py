@@ -2,7 +2,6 @@
 fit there.
 """
 
-import pathlib
 import time
 
 import jax
@@ -14,9 +13,6 @@ from memjax.plan.receipt import GIB, receipt
 
 TRIES = 8  # Compiles in search of a way out.
 WAYS = 3  # That are shown.
-
-_MEMINFO = pathlib.Path('/proc/meminfo')
-_CGROUP = pathlib.Path('/sys/fs/cgroup')
 
 
 def compile_here(config: ConfigDict, parts: build.Parts):
@@ -32,7 +28,7 @@ def compile_here(config: ConfigDict, parts: build.Parts):
   started = time.monotonic()
   mesh = jax.tree.leaves(parts.state)[0].sharding.mesh
   device = mesh.devices.flat[0]
-  limit, message = limit_bytes(device), None
+  limit, message = memory.limit_bytes(device), None
   lowered = parts.step.lower(parts.state, parts.batch)
   host = memory.host_bytes(parts.state, parts.batch)
   try:
@@ -61,26 +57,6 @@ def compile_here(config: ConfigDict, parts: build.Parts):
     'message': message,
   }
   return step, receipt(report)
-
-
-def limit_bytes(device: jax.Device) -> int | None:
-  """Returns the memory of one device, None when nobody says.
-
-  Of a CPU it is what the machine (or the control group this process is in) has available now,
-  divided over its virtual devices.
-  """
-  if stats := device.memory_stats():
-    return stats.get('bytes_limit')
-  if device.platform != 'cpu' or not _MEMINFO.is_file():
-    return None
-  fields = dict(line.split(':') for line in _MEMINFO.read_text().splitlines())
-  available = int(fields['MemAvailable'].split()[0]) * 2**10
-  try:
-    top, used = ((_CGROUP / name).read_text() for name in ('memory.max', 'memory.current'))
-    available = min(available, int(top) - int(used))
-  except (OSError, ValueError):  # No such group, or 'max': without a limit.
-    pass
-  return available // jax.local_device_count()
 
 
 def check_fits(config: ConfigDict, found: dict, devices, say=lambda line: None) -> None:

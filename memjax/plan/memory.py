@@ -5,11 +5,15 @@ those of the program are the compiler's own figures.
 """
 
 import math
+import pathlib
 
 import jax
 
 from memjax import sharding
 from memjax.transforms.paths import path_string
+
+_MEMINFO = pathlib.Path('/proc/meminfo')
+_CGROUP = pathlib.Path('/sys/fs/cgroup')
 
 HOST_KINDS = ('pinned_host', 'unpinned_host')
 
@@ -128,6 +132,26 @@ def device_peak(sizes: dict[str, int], platform: str, host: int = 0) -> int:
     new = sizes['output'] - sizes['alias']
     return sizes['argument'] + new + sizes['temp'] + sizes['generated_code']
   return sizes['peak'] - host
+
+
+def limit_bytes(device: jax.Device) -> int | None:
+  """Returns the memory of one device, None when nobody says.
+
+  Of a CPU it is what the machine (or the control group this process is in) has available now,
+  divided over its virtual devices.
+  """
+  if stats := device.memory_stats():
+    return stats.get('bytes_limit')
+  if device.platform != 'cpu' or not _MEMINFO.is_file():
+    return None
+  fields = dict(line.split(':') for line in _MEMINFO.read_text().splitlines())
+  available = int(fields['MemAvailable'].split()[0]) * 2**10
+  try:
+    top, used = ((_CGROUP / name).read_text() for name in ('memory.max', 'memory.current'))
+    available = min(available, int(top) - int(used))
+  except (OSError, ValueError):  # No such group, or 'max': without a limit.
+    pass
+  return available // jax.local_device_count()
 
 
 def check_donated(compiled, state) -> int:

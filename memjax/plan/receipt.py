@@ -13,6 +13,8 @@ Sizes are bytes of one device. The fields:
   message                       the compiler's words where it refused the program
 """
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 MIB = 2**20
@@ -120,33 +122,45 @@ def verdict(found: dict) -> str:
 
 
 def table(receipts: list[dict], title: str) -> Table:
-  """Returns receipts side by side, a column a target, in MiB (2**20 bytes) of one device.
+  """Returns receipts side by side, a column a target, in MiB (2**20 bytes) of one device, or GiB
+  where that makes more than a thousand.
 
   Parts that are zero everywhere have no row.
   """
-  out = Table(title=title, title_justify='left', caption='MiB (2**20 bytes) of one device')
+  large = max(found['peak_bytes'] for found in receipts) >= GIB
+  caption = 'GiB (2**30 bytes) of one device' if large else 'MiB (2**20 bytes) of one device'
+  out = Table(title=escape(title), title_justify='left', caption=caption)
+  unit = GIB if large else MIB
   out.add_column('part')
   for found in receipts:
     out.add_column(found['target'], justify='right')
   for name, words in PARTS.items():
-    _row(out, words, [found['parts'][name] for found in receipts], skip_zeros=True)
+    _row(out, words, unit, [found['parts'][name] for found in receipts], skip_zeros=True)
   out.add_section()
-  _row(out, 'peak', [found['peak_bytes'] for found in receipts])
-  _row(out, 'limit', [found['limit_bytes'] for found in receipts])
+  _row(out, 'peak', unit, [found['peak_bytes'] for found in receipts])
+  _row(out, 'limit', unit, [found['limit_bytes'] for found in receipts])
   fits = {True: '[green]yes[/]', False: '[red]no[/]', None: 'unknown'}
   out.add_row('fits', *(fits[found['fits']] for found in receipts))
   out.add_section()
-  _row(out, 'host memory', [found['host_bytes'] for found in receipts], skip_zeros=True)
+  _row(out, 'host memory', unit, [found['host_bytes'] for found in receipts], skip_zeros=True)
   for kind in sorted({kind for found in receipts for kind in found['collectives']}):
-    _row(out, f'{kind} a step', [found['collectives'].get(kind, 0) for found in receipts])
+    _row(out, f'{kind} a step', unit, [found['collectives'].get(kind, 0) for found in receipts])
   out.add_row('compile seconds', *map(_seconds, receipts))
   return out
 
 
-def _row(out: Table, words: str, sizes: list, skip_zeros: bool = False) -> None:
+def show(receipts: list[dict], title: str) -> None:
+  """Prints receipts side by side, and a verdict on each."""
+  say = Console(highlight=False, soft_wrap=True).print
+  say(table(receipts, title))
+  for found in receipts:
+    say(escape(verdict(found)))
+
+
+def _row(out: Table, words: str, unit: int, sizes: list, skip_zeros: bool = False) -> None:
   if skip_zeros and not any(sizes):
     return
-  out.add_row(words, *('unknown' if size is None else f'{size / MIB:,.2f}' for size in sizes))
+  out.add_row(words, *('unknown' if size is None else f'{size / unit:,.2f}' for size in sizes))
 
 
 def _seconds(found: dict) -> str:

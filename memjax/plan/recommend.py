@@ -7,8 +7,8 @@ import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from memjax import build, models, optimizers
 from memjax import config as config_lib
-from memjax import models, optimizers
 from memjax.models.remat import POLICIES
 from memjax.plan import compiler, work
 from memjax.plan.receipt import GIB, receipt, state_bytes
@@ -160,7 +160,8 @@ def _methods(config) -> list[str]:
 
 
 def _state_numbers(config) -> int:
-  state = work.build_on_one(config).state['opt']
+  params = models.create(config.model, **config.model_args.to_dict()).abstract()
+  state = jax.eval_shape(build.build_transform(config, 0.0).init, params)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 

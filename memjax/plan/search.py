@@ -11,7 +11,7 @@ from memjax.plan.receipt import receipt
 MOST = 2**20  # Units; a search that passes them has no memory limit to find.
 
 
-def largest_batch(config: ConfigDict, target: str, *, cache_dir=None, say=lambda found: None):
+def largest_batch(config: ConfigDict, target: str, *, cache_dir=None, say=lambda *_: None):
   """Finds the largest `config.batch_size` whose step fits on a target.
 
   Tries batches that divide over the mesh's data axes and the config's micro-batches, and no others.

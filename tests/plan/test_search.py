@@ -1,0 +1,238 @@
+"""The largest batch, the comparison of ways, and ways out, over a made-up compiler."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memjax import build, config, optimizers, sharding
+from memjax.plan import compiler, here, memory, recommend, search, work
+from memjax.plan.receipt import receipt
+
+
+@pytest.mark.parametrize('true', [0, 1, 2, 3, 4, 5, 7, 8, 11, 63, 64, 100, 1000])
+def test_the_largest_is_found_with_few_questions(true):
+  asked = []
+
+  def measure(counts):
+    assert 1 <= len(counts) <= 2
+    assert min(counts) >= 1
+    asked.extend(counts)
+    return [k <= true for k in counts]
+
+  assert search.largest(measure) == true
+  assert len(asked) == len(set(asked))  # Nothing is compiled twice.
+  assert len(asked) <= 4 * max(1, true.bit_length()) + 2
+
+
+def test_what_never_ends_is_refused():
+  with pytest.raises(ValueError, match='does not seem to depend on the batch'):
+    search.largest(lambda counts: [True for _ in counts])
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'devices', 'unit'),
+  [
+    (dict(data=-1, fsdp=1, tensor=1), 4, 4 * 2),
+    (dict(data=1, fsdp=-1, tensor=4), 8, 2 * 2),
+    (dict(data=2, fsdp=2, tensor=2), 8, 4 * 2),
+  ],
+)
+def test_batches_divide_over_the_mesh_and_the_micro_batches(mesh, devices, unit):
+  c = config.default()
+  c.mesh.update(mesh)
+  c.accumulate = 2
+  assert search.batch_unit(c, devices) == unit
+
+
+def fake_report(job, peak, limit=1000):
+  arguments = dict(parameters=100, adapters=0, basis=0, moments=0, other_state=0, batch=0)
+  return dict(
+    target=job['target'],
+    platform='tpu',
+    devices=4,
+    fits=None if limit is None else peak <= limit,
+    limit_bytes=limit,
+    peak_bytes=peak,
+    host_bytes=0,
+    parts=arguments,
+    gradients=0,
+    compiled={},
+    collectives={},
+    compile_seconds=0.0,
+    cached=False,
+    error=None,
+  )
+
+
+@pytest.fixture
+def fake(monkeypatch):
+  """A compiler of which a program needs what `fake.peak(fields)` says."""
+  peak = lambda fields: 100 + 10 * fields['batch_size']
+  fake = types.SimpleNamespace(limit=1000, asked=[], peak=peak)
+
+  def compile_jobs(jobs, *, cache_dir=None, on_done=None, **_):
+    reports = []
+    for i, job in enumerate(jobs):
+      fake.asked.append(job['config'])
+      peak = fake.peak(job['config'])
+      if isinstance(peak, str):
+        report = {'target': job['target'], 'fits': None, 'error': peak, 'kind': 'refused'}
+      else:
+        report = fake_report(job, peak, fake.limit)
+      reports.append(report)
+      if on_done:
+        on_done(i, report)
+    return reports
+
+  monkeypatch.setattr(compiler, 'compile_jobs', compile_jobs)
+  return fake
+
+
+def test_the_largest_batch_of_a_target(fake):
+  c = config.default()
+  said = []
+  best, found = search.largest_batch(c, 'v5e:2x2', say=lambda *a: said.append(a))
+  assert best == 88  # (1000 - 100) / 10 = 90, in fours.
+  assert found['peak_bytes'] == 980
+  assert all(fields['batch_size'] % 4 == 0 for fields in fake.asked)
+  assert len(said) == len(fake.asked)
+
+
+def test_no_batch_fits(fake):
+  fake.limit = 110
+  best, found = search.largest_batch(config.default(), 'v5e:2x2')
+  assert best == 0
+  assert found['fits'] is False
+
+
+def test_a_target_without_a_known_limit_has_no_largest_batch(fake):
+  fake.limit = None
+  with pytest.raises(ValueError, match='limit is not known'):
+    search.largest_batch(config.default(), 'v5e:2x2')
+
+
+def tiny():
+  c = config.default()
+  c.model, c.batch_size, c.seq_len = 'llama_tiny', 4, 16
+  c.model_args = dict(loss_chunk=64)
+  return c
+
+
+@pytest.fixture
+def three_methods(monkeypatch):
+  known = {name: optimizers.OPTIMIZERS[name] for name in ('adamw', 'galore', 'sgd')}
+  monkeypatch.setattr(optimizers, 'OPTIMIZERS', known)
+
+
+def test_recommended_are_those_that_fit_first_then_by_peak(fake, three_methods, monkeypatch):
+  blocks = {'none': 1.0, 'full': 1.25}
+  monkeypatch.setattr(work, 'step_flops', lambda c: 1e9 * blocks[c.remat])
+
+  def peak(fields):
+    if fields['optimizer']['name'] == 'sgd' and fields['step'] == 'layerwise':
+      return 'v5e:2x2: not for this method'
+    size = {'adamw': 3000, 'galore': 500, 'sgd': 400}.get(fields['optimizer']['name'], 2000)
+    return size + (100 if fields['remat'] == 'none' else 0)
+
+  fake.peak = peak
+  rows, total = recommend.recommend(tiny(), 'v5e:2x2', compiles=9)
+  assert total == 3 * 5 * 3  # Methods, ways of the backward pass, precisions.
+  assert len(fake.asked) == 9
+  # The config's own way first, for each method; then layer by layer in bfloat16.
+  own = [(f['step'], f['remat'], f['param_dtype']) for f in fake.asked[:3]]
+  assert set(own) == {('whole_tree', 'none', 'float32')}
+  assert [f['optimizer']['name'] for f in fake.asked[:3]] == ['adamw', 'sgd', 'galore']
+  assert len(rows) == 8  # One was refused.
+  assert [row['fits'] for row in rows] == sorted([row['fits'] for row in rows], reverse=True)
+  assert (rows[0]['method'], rows[0]['backward']) == ('sgd', 'full')
+  work_of = {(r['method'], r['backward'], r['precision']): r['relative_work'] for r in rows}
+  assert work_of['adamw', 'none', 'float32'] == 1.0
+  assert work_of['adamw', 'full', 'bfloat16'] == 1.25
+  assert fake.asked[2]['optimizer']['rank'] == 16  # A quarter of the width.
+
+
+def test_when_nothing_compiles_the_first_sentence_is_the_error(fake, three_methods):
+  fake.peak = lambda fields: 'v5e:2x2: a mesh that does not match'
+  with pytest.raises(ValueError, match='a mesh that does not match'):
+    recommend.recommend(tiny(), 'v5e:2x2', compiles=2)
+
+
+# ---- Work.
+
+
+def test_products_and_loops_are_counted():
+  x = jnp.ones((4, 8, 8))
+  body = lambda carry, m: (carry @ m, None)
+  scan = jax.make_jaxpr(lambda x: jax.lax.scan(body, jnp.ones((3, 8)), x)[0])(x)
+  assert work.count(scan) == 4 * 2 * 3 * 8 * 8
+  loop = lambda x, n: jax.lax.fori_loop(0, n, lambda i, y: y.at[i].set(y[i] @ y[i]), x)
+  assert work.count(jax.make_jaxpr(loop)(x, 3), refresh_every=10) == 4 * 2 * 8**3 / 10
+  branch = lambda x: jax.lax.cond(x[0, 0, 0] > 0, lambda y: y @ y, lambda y: y, x)
+  assert work.count(jax.make_jaxpr(branch)(x), refresh_every=10) == 4 * 2 * 8**3 / 10
+
+
+def test_a_step_takes_six_operations_a_parameter_a_token_and_eight_rematerialised():
+  """And 12 B L T^2 N H of attention's scores, or 16; causal or not, all are computed."""
+  c = tiny()
+  model = build.build_model(c, sharding.make_mesh(devices=jax.devices()[:1]))
+  params = model.abstract()
+  blocks = sum(x.size for x in jax.tree.leaves(params['blocks']) if x.ndim > 2)
+  tokens = c.batch_size * c.seq_len
+  scores = tokens * c.seq_len * model.layers * model.heads * model.head_dim
+  head = params['head']['kernel'].size
+  c.optimizer = config.optimizer('sgd', learning_rate=0.1)
+  # The loss is rematerialised by itself: its logits are computed twice.
+  expected = 6 * blocks * tokens + 12 * scores + 8 * head * tokens
+  assert work.step_flops(c) == pytest.approx(expected, rel=0.01)
+  c.remat = 'full'
+  expected = 8 * blocks * tokens + 16 * scores + 8 * head * tokens
+  assert work.step_flops(c) == pytest.approx(expected, rel=0.05)
+
+
+# ---- Ways out.
+
+
+def over(peak=2000, **changes):
+  return receipt(fake_report({'target': 'x'}, peak) | changes)
+
+
+def test_ways_out_are_three_that_fit_the_cheapest_first():
+  c = config.default()
+  needs = {'remat': 1500, 'mesh.data': 900, 'step': 800, 'param_dtype': 700, 'optimizer.name': 600}
+  asked = []
+
+  def measure(changes):
+    asked.append(changes)
+    if 'accumulate' in changes:
+      raise ValueError('it does not divide')
+    return over(needs[next(iter(changes))])
+
+  ways = here.ways_out(c, over(), measure)
+  assert [next(iter(changes)) for changes, _, _ in ways] == ['mesh.data', 'step', 'param_dtype']
+  assert all(after['fits'] for _, after, _ in ways)
+  assert not any('optimizer.name' in changes for changes in asked)  # Three were enough.
+
+
+def test_when_nothing_fits_the_ways_are_those_that_need_least():
+  peaks = iter([1900, 1800, 1700, 1600, 2500, 1500, 1400, 1300])
+  ways = here.ways_out(config.default(), over(), lambda changes: over(next(peaks)))
+  assert [after['peak_bytes'] for _, after, _ in ways] == [1300, 1400, 1500]
+
+
+def test_a_run_that_fits_or_whose_limit_nobody_knows_is_not_refused():
+  here.check_fits(config.default(), over(500), [])
+  here.check_fits(config.default(), over(5000, fits=None, limit_bytes=None), [])
+
+
+def test_every_change_names_fields_of_the_config():
+  for changes, cost, _ in here.changes_of(config.default(), 8):
+    for field in changes:
+      config.check_field(config.default(), field)
+    assert cost
+
+
+def test_the_cpu_has_a_limit_shared_by_its_virtual_devices():
+  limit = memory.limit_bytes(jax.devices()[0])
+  assert 2**20 < limit < 2**42
