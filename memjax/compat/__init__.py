@@ -4,6 +4,25 @@ For reproducing published runs; `memjax.transforms` holds the methods as intende
 names every quirk that it reproduces and every one that it leaves out.
 """
 
+from memjax.compat.adam_mini import adam_mini
+from memjax.compat.apollo_torch import apollo_adamw
+from memjax.compat.came_pytorch import came
+from memjax.compat.fira import fira_adamw
+from memjax.compat.galore_adafactor import galore_adafactor
 from memjax.compat.galore_torch import galore_adamw
+from memjax.compat.lomo_optim import adalomo, lomo
+from memjax.compat.q_galore_torch import q_galore_adamw8bit
+from memjax.compat.transformers_adafactor import adafactor
 
-__all__ = ['galore_adamw']
+__all__ = [
+  'adafactor',
+  'adalomo',
+  'adam_mini',
+  'apollo_adamw',
+  'came',
+  'fira_adamw',
+  'galore_adafactor',
+  'galore_adamw',
+  'lomo',
+  'q_galore_adamw8bit',
+]
