@@ -16,6 +16,7 @@ import threading
 
 from memjax.plan import program, targets
 
+CHILD = [sys.executable, '-m', 'memjax.plan.worker']
 WORKERS = 2  # Compiles at a time: each takes a core or two and some GiB.
 # Without these libtpu asks a metadata server that is not there, JAX looks for a TPU at start-up,
 # and two compilers at a time refuse each other.
@@ -47,7 +48,7 @@ def compile_jobs(
     Reports as `memjax.plan.program.report` describes them. One that failed has `target`, `error`,
     `message` (what the compiler said, or None), `fits: None`, and `kind`: 'target' (unknown),
     'missing' (a package), 'refused' (the mesh, the model or the config), 'compiler' (it rejected
-    the program), 'crashed', 'killed', 'timeout'.
+    the program), 'failed' (any other exception), 'crashed', 'killed', 'timeout'.
   """
   cache_dir = default_cache_dir() if cache_dir is None else cache_dir
   jobs = [job | {'cache_dir': str(cache_dir) if cache_dir else None} for job in jobs]
@@ -93,17 +94,17 @@ class _Children:
       if self._closed:
         return None, '', ''
       child = subprocess.Popen(
-        [sys.executable, '-m', 'memjax.plan.worker'],
+        CHILD,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors='replace',
-        env=os.environ | ENVIRONMENT,
+        env=_environment(),
       )
       self._running.add(child)
     try:
-      return (*_communicate(child, json.dumps(job), self._timeout),)
+      return _communicate(child, json.dumps(job), self._timeout)
     finally:
       with self._lock:
         self._running.discard(child)
@@ -113,6 +114,13 @@ class _Children:
       self._closed = True
       for child in self._running:
         child.kill()
+
+
+def _environment() -> dict[str, str]:
+  """The child finds the same memjax, wherever this process has it from."""
+  root = str(pathlib.Path(__file__).parents[2])
+  paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+  return os.environ | ENVIRONMENT | {'PYTHONPATH': os.pathsep.join(paths)}
 
 
 def _communicate(child, text, timeout):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-PLATFORMS = {'tpu': 'tpu', 'gpu': 'cuda'}
+_PLATFORMS = {'tpu': 'tpu', 'gpu': 'cuda'}  # As jax.export calls them.
 
 
 def export_job(step, arguments: tuple, target, path) -> dict:
@@ -39,8 +39,8 @@ def export_job(step, arguments: tuple, target, path) -> dict:
   flat = jax.jit(
     lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(tree, leaves))), keep_unused=True
   )
-  platform = PLATFORMS.get(target.platform, jax.default_backend())
-  exported = export.export(flat, platforms=[platform])(*leaves)
+  platform = jax.default_backend() if target.platform == 'local' else target.platform
+  exported = export.export(flat, platforms=[_PLATFORMS.get(platform, platform)])(*leaves)
   mesh = _mesh_of(leaves)
   if exported.nr_devices != target.devices:
     raise ValueError(

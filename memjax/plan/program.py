@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import time
+import traceback
 
 import jax
 from ml_collections import ConfigDict
@@ -21,6 +22,9 @@ _HBM_OOM = (
   re.compile(rf'\({_NUMBER}\) exceeds available HBM \({_NUMBER}\)'),
   re.compile(rf'Used {_NUMBER} of {_NUMBER} hbm'),
 )
+# The code is thrown away, so that it need not be fast: half the time, and the same buffers.
+_FAST = {'xla_backend_optimization_level': 0, 'xla_gpu_disable_gpuasm_optimizations': True}
+_PREALLOCATED = 0.75  # Of a card's memory, by XLA_PYTHON_CLIENT_MEM_FRACTION's default.
 MESSAGE = 2000  # Characters of the compiler's words that a report keeps.
 
 
@@ -39,8 +43,8 @@ def report(job: dict) -> dict:
     config), `compiled` (the compiler's figures in bytes: argument, output, temp, alias,
     generated_code, and peak with its host arguments), `collectives` (kind -> bytes a step a
     device), `loops_counted_once` (names), `compile_seconds` (of the compile that was cached, if
-    so), `cached`, `message` (the compiler's words about a program that does not fit, or None), and
-    `error` and `kind`, which are None.
+    so), `cached`, `notes` (sentences about what the figures leave open), `message` (the compiler's
+    words about a program that does not fit, or None), and `error` and `kind`, which are None.
   """
   name = job['target']
   try:
@@ -49,6 +53,9 @@ def report(job: dict) -> dict:
     return failed(name, 'refused', str(e))
   except jax.errors.JaxRuntimeError as e:
     return failed(name, 'compiler', f'{name}: the compiler refused the program', str(e)[:MESSAGE])
+  except Exception as e:  # Whatever a model or a step raises, the other targets have their reports.
+    words = traceback.format_exc()[-MESSAGE:]
+    return failed(name, 'failed', f'{name}: {type(e).__name__}: {e}'.splitlines()[0], words)
 
 
 def failed(target: str, kind: str, error: str, message: str | None = None) -> dict:
@@ -73,7 +80,7 @@ def _answer(job: dict) -> dict:
   found = json.loads(entry.read_text()) if cached else _compile(lowered, target)
   if entry is not None and not cached:
     _write(entry, found)
-  return {
+  answer = {
     'target': target.name,
     'platform': target.platform,
     'devices': target.devices,
@@ -83,6 +90,7 @@ def _answer(job: dict) -> dict:
     **found,
     'cached': cached,
   }
+  return answer | {'notes': _notes(answer)}
 
 
 def _of_config(fields, devices):
@@ -104,9 +112,10 @@ def gradients(config: ConfigDict, state) -> int:
 
 def _compile(lowered, target) -> dict:
   """What only the compiler knows of a program; a TPU's compiler refuses what does not fit."""
+  options = _FAST if target.platform == 'gpu' else None
   started = time.monotonic()
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
     if (sizes := read_out_of_memory(str(e))) is None:
       raise
@@ -149,6 +158,22 @@ def _verdict(found, target, platform, host) -> dict:
     'limit_bytes': limit,
     'peak_bytes': peak,
   }
+
+
+def _notes(answer) -> list[str]:
+  notes = []
+  peak, limit = answer['peak_bytes'], answer['limit_bytes']
+  if answer['platform'] == 'gpu' and answer['fits'] and peak > _PREALLOCATED * limit:
+    notes.append(
+      f'JAX takes {_PREALLOCATED:.0%} of a card unless told otherwise, and this needs '
+      f'{peak / limit:.0%}; set XLA_PYTHON_CLIENT_MEM_FRACTION'
+    )
+  if answer['loops_counted_once']:
+    notes.append(
+      'collectives of loops whose number of turns only the data says count once: '
+      + ', '.join(answer['loops_counted_once'])
+    )
+  return notes
 
 
 def _entry(cache_dir, target, text) -> pathlib.Path | None:

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -145,8 +146,9 @@ def _topology(platform, name, **options):
 
 def _local() -> Target:
   devices = jax.devices()
-  stats = devices[0].memory_stats() or {}
-  limit = stats.get('bytes_limit')
+  limit = (devices[0].memory_stats() or {}).get('bytes_limit')
+  if limit is None and devices[0].platform == 'cpu':  # However many there are, they share it.
+    limit = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // jax.local_device_count()
   return Target('local', 'local', devices[0].device_kind, len(devices), limit)
 
 

@@ -1,0 +1,152 @@
+"""One program on one target: the parts of a report, and refusals in a sentence."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from memjax import config
+from memjax.plan import exported, program, targets
+
+P = PartitionSpec
+
+
+def shapes(mesh, host_kind=None):
+  """A state of 512 KiB of weights in halves, 128 KiB that pass through, and a batch of 64 KiB."""
+
+  def array(*shape, spec, kind=None):
+    where = NamedSharding(mesh, spec, memory_kind=kind) if kind else NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+  weights, passed = array(256, 512, spec=P('fsdp')), array(256, 128, spec=P(), kind=host_kind)
+  return {'params': weights, 'kept': passed}, array(64, 256, spec=P(('data', 'fsdp')))
+
+
+def step(state, batch):
+  loss, gradient = jax.value_and_grad(lambda w: jnp.mean((batch @ w) ** 2))(state['params'])
+  return state | {'params': state['params'] - 0.1 * gradient}, loss
+
+
+def report_of(path, target, mesh, host_kind=None, f=None):
+  f = f or jax.jit(step, donate_argnums=0)
+  job = exported.export_job(f, shapes(mesh, host_kind), targets.parse(target), path / 'step')
+  return program.report(job)
+
+
+TWO_BY_TWO = AbstractMesh((2, 2), ('data', 'fsdp'))
+
+
+def test_an_exported_step_keeps_its_shardings_and_donates_its_state(tmp_path):
+  pytest.importorskip('libtpu')
+  report = report_of(tmp_path, 'v5e:2x2', TWO_BY_TWO)
+  assert report['error'] is None
+  assert report['fits']
+  assert report['limit_bytes'] == 15.75 * 2**30
+  compiled = report['compiled']
+  assert compiled['alias'] == 2**18 + 2**17  # The weights of one device, and what passes through.
+  assert compiled['argument'] == 2**18 + 2**17 + 2**14
+  assert compiled['argument'] < report['peak_bytes'] < 2**24
+  # Gradients are reduced over the batch's four devices, weights are gathered in halves.
+  assert sum(report['collectives'].values()) >= 2**18
+
+
+def test_arguments_in_host_memory_take_no_device_memory(tmp_path):
+  pytest.importorskip('libtpu')
+  there = report_of(tmp_path, 'v5e:2x2', TWO_BY_TWO, 'pinned_host')
+  here = report_of(tmp_path, 'v5e:2x2', TWO_BY_TWO)
+  assert there['host_bytes'] == 2**17
+  assert here['host_bytes'] == 0
+  assert here['peak_bytes'] - there['peak_bytes'] == pytest.approx(2**17, rel=0.05)
+
+
+def test_what_does_not_fit_is_an_answer(tmp_path):
+  """256 GiB in, 256 GiB out, on a device that has 15.75."""
+  pytest.importorskip('libtpu')
+  x = jax.ShapeDtypeStruct((2**36,), jnp.float32)
+  target = targets.parse('v5e:1x1')
+  job = exported.export_job(jax.jit(lambda x: x + 1), (x,), target, tmp_path / 'step')
+  report = program.report(job)
+  assert report['fits'] is False
+  assert report['peak_bytes'] == 512 * 2**30
+  assert report['limit_bytes'] == 15.75 * 2**30
+  assert 'CompileTimeHbmOom' in report['message']
+
+
+def test_a_local_step_is_compiled_for_the_devices_that_are_here(tmp_path):
+  mesh = AbstractMesh((4, 2), ('data', 'fsdp'))
+  report = report_of(tmp_path, 'local', mesh)
+  assert report['devices'] == 8
+  assert report['compiled']['argument'] == 2**18 + 2**17 + 2**13
+  assert report['compiled']['alias'] == 2**18 + 2**17
+
+
+def test_a_step_that_is_not_jitted_or_has_another_mesh_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='not jitted'):
+    report_of(tmp_path, 'v5e:2x2', TWO_BY_TWO, f=step)
+  with pytest.raises(ValueError, match=r'v5e:1x1 has 1 devices, but the shardings .* over 4;'):
+    report_of(tmp_path, 'v5e:1x1', TWO_BY_TWO)
+
+
+def small_config(**changes):
+  c = config.default()
+  c.model, c.batch_size, c.seq_len = 'llama_tiny', 8, 16
+  c.model_args = dict(loss_chunk=64)
+  c.unlock().update(changes)
+  return c.to_dict()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    (dict(mesh=dict(data=3)), "mesh .*'data': 3.* but there are 8; change config.mesh"),
+    (dict(batch_size=6), 'micro-batch of 6 .* does not divide .* 8 devices'),
+    (
+      dict(mesh=dict(data=1, tensor=8), model_args=dict(intermediate=84)),
+      'blocks/mlp/.*84.* does not divide over .*8 devices; change config.mesh',
+    ),
+    (dict(model='llama_tinny'), 'llama_tinny'),
+  ],
+)
+def test_a_config_that_does_not_go_with_the_devices_is_a_sentence(changes, words):
+  report = program.report({'target': 'local', 'config': small_config(**changes)})
+  assert report['kind'] == 'refused'
+  assert report['fits'] is None
+  assert '\n' not in report['error']
+  with pytest.raises(ValueError, match=words):
+    raise ValueError(report['error'])
+
+
+def test_a_second_compile_is_read_from_the_disk(tmp_path):
+  mesh = AbstractMesh((4, 2), ('data', 'fsdp'))
+
+  def report_at(batch):
+    arguments = shapes(mesh)[0], jax.ShapeDtypeStruct((batch, 256), jnp.float32)
+    f = jax.jit(step, donate_argnums=0)
+    job = exported.export_job(f, arguments, targets.parse('local'), tmp_path / 'step')
+    return program.report(job | {'cache_dir': str(tmp_path)})
+
+  first, second, other = report_at(8), report_at(8), report_at(16)
+  assert (first['cached'], second['cached'], other['cached']) == (False, True, False)
+  assert first | {'cached': True} == second
+
+
+def test_an_exception_is_a_report():
+  report = program.report({'target': 'local', 'config': small_config(model_args=dict(layerz=1))})
+  assert report['kind'] in ('refused', 'failed')
+  assert 'layerz' in report['error']
+  report = program.report({'target': 'local', 'exported': '/nowhere', 'donated': [], 'mesh': None})
+  assert report['kind'] == 'failed'
+  assert report['error'].startswith('local: FileNotFoundError')
+  assert 'Traceback' in report['message']
+
+
+@pytest.mark.parametrize(
+  ('message', 'sizes'),
+  [
+    ('HLO temporaries (512.00M) exceeds available HBM (15.75G). HLO', (2**29, 63 * 2**28)),
+    ('Ran out of memory in memory space hbm. Used 17.50G of 15.50G hbm.', (35 * 2**29, 31 * 2**29)),
+    ('Mosaic failed to compile', None),
+  ],
+)
+def test_the_compilers_words_name_need_and_limit(message, sizes):
+  assert program.read_out_of_memory(message) == sizes
