@@ -39,9 +39,10 @@ def scale_by_muon(
   :math:`U V^T \sqrt{\max(1, n / m)}`: `optax.contrib.scale_by_muon` and its factor of the shape,
   on every matrix of a stack. All leaves must be matrices; `muon` gives the others to Adam.
 
-  A matrix keeps `m n` f32 numbers. Orthogonalising takes five times three products on the shorter
-  side, `10 a^2 (a + 2 c)` flops for sides `a <= c`, and is the one method here whose update needs
-  whole matrices: sharded over m or n, its products move `[a, a]` matrices and parts of `[m, n]`.
+  A matrix keeps `m n` f32 numbers. Orthogonalising takes `newton_schulz_steps` times `2 a^2 (a + 2
+  c)` flops for sides `a <= c`. It is a product of whole matrices: sharded over m or n, it gathers
+  them, which no other transform here does, but one at a time, so that a device holds a few `[m, n]`
+  and not a stack of them.
 
   Example:
     >>> transform = scale_by_muon()
@@ -159,14 +160,20 @@ def orthogonalize(x: jax.Array, steps: int = 5, eps: float = 1e-8) -> jax.Array:
 
   The singular values of the result lie between about 0.7 and 1.2; it converges no further.
   """
+  # One matrix after another: on a mesh the products gather their operands.
+  one = lambda matrix: _newton_schulz(matrix, steps, eps)
+  return jax.lax.map(one, x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+
+
+def _newton_schulz(x, steps, eps):
   a, b, c = COEFFICIENTS
-  tall = x.shape[-2] > x.shape[-1]
-  x = x.mT if tall else x  # The products are of the shorter side.
-  x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
+  tall = x.shape[0] > x.shape[1]
+  x = x.T if tall else x  # The products are of the shorter side.
+  x = x / (jnp.linalg.norm(x) + eps)
   for _ in range(steps):
-    gram = x @ x.mT
+    gram = x @ x.T
     x = a * x + (b * gram + c * gram @ gram) @ x
-  return x.mT if tall else x
+  return x.T if tall else x
 
 
 def _labels(targets):
