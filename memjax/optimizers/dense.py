@@ -22,9 +22,11 @@ def adamw(learning_rate, scale=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
   return in_float32(steps)
 
 
-def adam_mini(learning_rate, head_dim, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-  """Adam-mini (Zhang et al., 2024); see `memjax.adam_mini`. `head_dim` is the width of one of the
-  model's attention heads.
+def adam_mini(learning_rate, head_dim=1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+  """Adam-mini (Zhang et al., 2024); see `memjax.adam_mini`.
+
+  `head_dim` is the width of the model's attention heads, which as published share a second moment
+  in queries and keys; 1 gives every output neuron its own there, as in the other matrices.
   """
   return transforms.adam_mini(
     learning_rate, b1, b2, eps=eps, head_dim=head_dim, weight_decay=weight_decay, mask=decays
