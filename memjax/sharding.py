@@ -6,6 +6,7 @@ parameter it belongs to, the batch from the mesh. A path is the leaf's keys join
 `blocks/attn/q/kernel`.
 """
 
+import dataclasses
 import math
 import re
 
@@ -15,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memjax.transforms.paths import path_string
+from memjax.weights import Int8
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
@@ -73,6 +75,24 @@ def param_shardings(params, rules, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(decide, params)
 
 
+def weight_shardings(params, shardings):
+  """Returns shardings for every array of the parameters: an `Int8` weight's codes lie as the matrix
+  would, its scales as far as the axes divide.
+
+  Args:
+    params: Tree of arrays, shapes or `memjax.weights.Int8`.
+    shardings: Tree of `NamedSharding`, one a parameter; of `memjax.weights.dense(params)`.
+  """
+
+  def split(leaf, sharding):
+    if not isinstance(leaf, Int8):
+      return sharding
+    spec = _inherit(leaf.scales.shape, leaf.codes.shape, sharding.spec, sharding.mesh)
+    return dataclasses.replace(leaf, codes=sharding, scales=NamedSharding(sharding.mesh, spec))
+
+  return jax.tree.map(split, params, shardings, is_leaf=lambda x: isinstance(x, Int8))
+
+
 def state_shardings(state, params, shardings):
   """Returns the sharding of every optimizer-state leaf, derived from the parameter it belongs to.
 
@@ -104,29 +124,42 @@ def state_shardings(state, params, shardings):
   return jax.tree_util.tree_map_with_path(derive, state)
 
 
-def layout(params, shardings):
-  """Returns `impose(path, leaf)`, which keeps what descends from a parameter on its axes.
+class Layout:
+  """Where what descends from a parameter lives: `layout(path, leaf)` keeps it on its axes.
 
   The sharding imposed is the one `state_shardings` gives to state of the leaf's shape, so that
   arithmetic between the two moves nothing.
+  """
+
+  def __init__(self, params, shardings):
+    self._owners = {
+      path_string(path): (leaf.shape, sharding)
+      for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+      )
+    }
+
+  def __call__(self, path: str, leaf):
+    return jax.lax.with_sharding_constraint(leaf, self._sharding(path, leaf.shape))
+
+  def ways(self, path: str, shape) -> tuple[int, ...]:
+    """Devices that each axis of a leaf of this shape is divided over."""
+    sharding = self._sharding(path, shape)
+    return tuple(_ways(entry, sharding.mesh) for entry in sharding.spec)
+
+  def _sharding(self, path, shape):
+    owner_shape, sharding = self._owners[path]
+    return NamedSharding(sharding.mesh, _inherit(shape, owner_shape, sharding.spec, sharding.mesh))
+
+
+def layout(params, shardings) -> Layout:
+  """Returns the layout of what descends from parameters.
 
   Args:
     params: Tree of arrays or shapes.
     shardings: Tree of `NamedSharding`, one a parameter.
   """
-  owners = {
-    path_string(path): (leaf.shape, sharding)
-    for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-    )
-  }
-
-  def impose(path, leaf):
-    shape, sharding = owners[path]
-    spec = _inherit(leaf.shape, shape, sharding.spec, sharding.mesh)
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
-
-  return impose
+  return Layout(params, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

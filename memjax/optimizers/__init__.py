@@ -11,22 +11,27 @@ import inspect
 from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd
 from memjax.optimizers.factored import adafactor, adalomo, came, galore_adafactor, sm3
 from memjax.optimizers.low_rank import BASES, apollo, apollo_mini, fira, galore, golore, q_galore
+from memjax.optimizers.quantised import adam4bit, adamw8bit, galore8bit, lion8bit
 
 __all__ = ['BASES', 'OPTIMIZERS', 'REQUIRED', 'arguments']
 
 OPTIMIZERS = {
   'adafactor': adafactor,
   'adalomo': adalomo,
+  'adam4bit': adam4bit,
   'adam_mini': adam_mini,
   'adamw': adamw,
+  'adamw8bit': adamw8bit,
   'apollo': apollo,
   'apollo_mini': apollo_mini,
   'came': came,
   'fira': fira,
   'galore': galore,
+  'galore8bit': galore8bit,
   'galore_adafactor': galore_adafactor,
   'golore': golore,
   'lion': lion,
+  'lion8bit': lion8bit,
   'muon': muon,
   'q_galore': q_galore,
   'sgd': sgd,
