@@ -1,8 +1,8 @@
 """A user's own jitted step, carried to another process as a file.
 
-`jax.export` keeps the program and its shardings, not what is donated nor the containers of its
-arguments: the step is exported over its flat leaves, and the job says which of them it may
-overwrite.
+`jax.export` keeps the program. It keeps neither what is donated, nor containers that it does not
+know, nor the memory that the arguments of one device live in: the step is exported over its flat
+leaves, and the job says of each whether it may be overwritten and where it is.
 """
 
 import pathlib
@@ -59,23 +59,43 @@ def export_job(step, arguments: tuple, target, path) -> dict:
     'exported': str(path),
     'donated': donated,
     'mesh': {'sizes': list(mesh.axis_sizes), 'names': list(mesh.axis_names)} if mesh else None,
+    'shardings': [_write_sharding(leaf) for leaf in leaves],
   }
 
 
 def load(job: dict, devices) -> tuple:
-  """Returns the jitted step of a job over `devices`, its leaves as shapes, and their shardings."""
+  """Returns the jitted step of a job over `devices`, its arguments as shapes, and the same over an
+  abstract mesh, which keeps memory kinds that the devices cannot tell.
+  """
   exported = export.deserialize(bytearray(pathlib.Path(job['exported']).read_bytes()))
   sizes, names = (job['mesh'] or {'sizes': [len(devices)], 'names': ['data']}).values()
   grid = np.asarray(devices).reshape(sizes)
   mesh = Mesh(grid, tuple(names), axis_types=(AxisType.Auto,) * len(names))
-  replicated = NamedSharding(mesh, PartitionSpec())
-  shardings = [s or replicated for s in exported.in_shardings_jax(mesh)]
-  leaves = [
-    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    for x, s in zip(exported.in_avals, shardings, strict=True)
-  ]
-  step = jax.jit(exported.call, donate_argnums=job['donated'], in_shardings=shardings)
-  return step, leaves, shardings
+  leaves, intended = (
+    [
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_read_sharding(over, fields))
+      for x, fields in zip(exported.in_avals, job['shardings'], strict=True)
+    ]
+    for over in (mesh, mesh.abstract_mesh)
+  )
+  where = [leaf.sharding for leaf in leaves]
+  step = jax.jit(exported.call, donate_argnums=job['donated'], in_shardings=where)
+  return step, leaves, intended
+
+
+def _write_sharding(leaf) -> dict | None:
+  where = getattr(leaf, 'sharding', None)
+  if not isinstance(where, NamedSharding):
+    return None
+  return {'spec': list(where.spec), 'memory_kind': where.memory_kind}
+
+
+def _read_sharding(mesh, fields) -> NamedSharding:
+  if fields is None:
+    return NamedSharding(mesh, PartitionSpec())
+  # JSON has no tuples: a list is a dimension over several axes.
+  spec = (tuple(entry) if isinstance(entry, list) else entry for entry in fields['spec'])
+  return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=fields['memory_kind'])
 
 
 def _mesh_of(leaves):

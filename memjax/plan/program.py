@@ -69,12 +69,12 @@ def _answer(job: dict) -> dict:
   target = targets.parse(job['target'])
   devices = targets.open_devices(target)
   if 'config' in job:
-    step, arguments, sizes = _of_config(job['config'], devices)
+    step, arguments, intended, sizes = _of_config(job['config'], devices)
   else:
-    step, arguments, _ = exported.load(job, devices)
+    step, arguments, intended = exported.load(job, devices)
     sizes = {'parts': {}, 'gradients': 0}
   lowered = step.lower(*arguments)
-  host = memory.host_bytes(arguments)
+  host = memory.host_bytes(intended)
   entry = _entry(job.get('cache_dir'), target, lowered.as_text())
   cached = entry is not None and entry.is_file()
   found = json.loads(entry.read_text()) if cached else _compile(lowered, target)
@@ -96,12 +96,14 @@ def _answer(job: dict) -> dict:
 def _of_config(fields, devices):
   config = ConfigDict(fields)
   mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
-  built = build.build(config, mesh)
+  built = intended = build.build(config, mesh)
+  if devices[0].platform == 'gpu':  # Cards that are not here do not tell one memory from another.
+    intended = build.build(config, mesh.abstract_mesh)
   sizes = {
-    'parts': memory.argument_parts(built.state, built.batch),
+    'parts': memory.argument_parts(intended.state, intended.batch),
     'gradients': gradients(config, built.state),
   }
-  return built.step, (built.state, built.batch), sizes
+  return built.step, (built.state, built.batch), (intended.state, intended.batch), sizes
 
 
 def gradients(config: ConfigDict, state) -> int:
@@ -167,6 +169,11 @@ def _notes(answer) -> list[str]:
     notes.append(
       f'JAX takes {_PREALLOCATED:.0%} of a card unless told otherwise, and this needs '
       f'{peak / limit:.0%}; set XLA_PYTHON_CLIENT_MEM_FRACTION'
+    )
+  if answer['platform'] == 'gpu' and answer['host_bytes']:
+    notes.append(
+      'the compiler counted the arguments in host memory as a card holds them, and they are taken '
+      'off its peak; what streams them to the card is in it only where the program copies'
     )
   if answer['loops_counted_once']:
     notes.append(

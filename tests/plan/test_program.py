@@ -134,7 +134,7 @@ def test_an_exception_is_a_report():
   report = program.report({'target': 'local', 'config': small_config(model_args=dict(layerz=1))})
   assert report['kind'] in ('refused', 'failed')
   assert 'layerz' in report['error']
-  report = program.report({'target': 'local', 'exported': '/nowhere', 'donated': [], 'mesh': None})
+  report = program.report({'target': 'local', 'exported': '/nowhere'})
   assert report['kind'] == 'failed'
   assert report['error'].startswith('local: FileNotFoundError')
   assert 'Traceback' in report['message']
