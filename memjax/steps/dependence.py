@@ -65,22 +65,13 @@ def _loop(eqn, inputs, apart):
   """Runs a loop's body on labels until what it carries stands still."""
   p = eqn.params
   if eqn.primitive.name == 'scan':
-    body, consts, carried = _open(p['jaxpr']), p['num_consts'], p['num_carry']
-    consts, carry, rest = (
-      inputs[:consts],
-      inputs[consts : consts + carried],
-      inputs[consts + carried :],
-    )
+    body = _open(p['jaxpr'])
+    consts, carry, rest = _cut(inputs, p['num_consts'], p['num_carry'])
     test = lambda carry: _NOTHING
   else:
     body, ask = _open(p['body_jaxpr']), _open(p['cond_jaxpr'])
-    asked, consts = p['cond_nconsts'], p['body_nconsts']
-    outer, consts, carry, rest = (
-      inputs[:asked],
-      inputs[asked : asked + consts],
-      inputs[asked + consts :],
-      [],
-    )
+    outer, consts, carry = _cut(inputs, p['cond_nconsts'], p['body_nconsts'])
+    rest = []
     test = lambda carry: _walk(ask, [*outer, *carry], apart)[0]
   while True:
     outputs = _walk(body, [*consts, *carry, *rest], apart)
@@ -89,6 +80,10 @@ def _loop(eqn, inputs, apart):
     if after == carry:
       return after + outputs[len(carry) :]
     carry = after
+
+
+def _cut(items, first, second):
+  return items[:first], items[first : first + second], items[first + second :]
 
 
 def _open(jaxpr):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memjax.naming import path_string
 from memjax.steps import dependence
 from memjax.transforms.layers import Layer
-from memjax.transforms.paths import path_string
 
 STACK = 'blocks'  # The key of the parameters that are stacked over layers.
 _SHARED, _LAYER = '(shared)', '(layer)'  # Labels of state without an owner, and of the index.
@@ -106,10 +106,10 @@ def _refuse_accumulation(state):
 
 def _check_apart(transform, one, state, slots, layers):
   names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(one)]
-  # State that layers hold in common may only depend on its like: every layer starts from the same.
-  owners = [
-    _SHARED if s.owner is None or _in_stack(s.owner) > s.layered else s.owner for s in slots
-  ]
+  # State without an owner, or without a part for each layer, may depend on its like only: all
+  # layers start from the same.
+  own = lambda slot: slot.owner is not None and (slot.layered or not _in_stack(slot.owner))
+  owners = [slot.owner if own(slot) else _SHARED for slot in slots]
   layer = Layer(jax.ShapeDtypeStruct((), jnp.int32), layers, STACK)
   update = lambda grads, state, params, layer: transform.update(grads, state, params, layer=layer)
   labels = [*names, *owners, *names, _LAYER]
