@@ -1,18 +1,14 @@
 """`galore-torch` 1.0 (jiaweizzhao/GaLore)."""
 
-import math
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 import optax
 
+from memjax.compat.hf_adam import decay_updated, scale_by_hf_adam
 from memjax.transforms.bases import svd
 from memjax.transforms.project import project
 from memjax.transforms.targets import Targets, default_targets
 
 # The package's names to ours. A Flax kernel [in, out] is its weight [out, in] transposed.
-_PROJ_TYPES = {
+PROJ_TYPES = {
   'std': 'short',
   'reverse_std': 'long',
   'left': 'right',
@@ -74,66 +70,16 @@ def galore_adamw(
   Raises:
     ValueError: for an unknown `proj_type`, and as `project`.
   """
-  if proj_type not in _PROJ_TYPES:
-    raise ValueError(f'proj_type must be one of {", ".join(_PROJ_TYPES)}; got {proj_type!r}')
+  if proj_type not in PROJ_TYPES:
+    raise ValueError(f'proj_type must be one of {", ".join(PROJ_TYPES)}; got {proj_type!r}')
   projected = project(
-    _scale_by_hf_adam(*betas, eps, correct_bias),
+    scale_by_hf_adam(*betas, eps, correct_bias),
     rank=lambda _, leaf: min(rank, *leaf.shape[-2:]),
-    side=_PROJ_TYPES[proj_type],
+    side=PROJ_TYPES[proj_type],
     refresh_every=update_proj_gap,
     basis=svd(),
     scale=scale,
     stagger=False,
     targets=default_targets if targets is None else targets,
   )
-  steps = [projected, optax.scale_by_learning_rate(lr)]
-  if not isinstance(weight_decay, int | float) or weight_decay != 0:
-    steps.append(_decay_updated(lr, weight_decay))
-  return optax.chain(*steps)
-
-
-def _scale_by_hf_adam(b1, b2, eps, correct_bias):
-  """Adam as in Hugging Face Transformers 4: `sqrt(1 - b2^k) / (1 - b1^k) * m / (sqrt(v) + eps)`."""
-
-  def init(params):
-    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-    return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=zeros(), nu=zeros())
-
-  def update(updates, state, params=None):
-    del params
-    count = optax.safe_increment(state.count)
-    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-    step = jnp.sqrt(_bias(b2, count)) / _bias(b1, count) if correct_bias else 1.0
-    updates = jax.tree.map(lambda m, v: step * (m / (jnp.sqrt(v) + eps)), mu, nu)
-    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-  return optax.GradientTransformation(init, update)
-
-
-def _bias(decay, count):
-  """`1 - decay**count`; in f32 the difference itself would keep only five digits for 0.999."""
-  return -jnp.expm1(count * math.log(decay)) if decay > 0 else 1.0
-
-
-class DecayUpdatedState(NamedTuple):
-  """State of the decay that acts on updated weights."""
-
-  count: jax.Array  # i32[], updates seen so far; the schedule's argument.
-
-
-def _decay_updated(lr, weight_decay):
-  """Decays `p + u`, the weight that the update would give, by `lr * weight_decay`."""
-
-  def init(params):
-    del params
-    return DecayUpdatedState(jnp.zeros([], jnp.int32))
-
-  def update(updates, state, params=None):
-    if params is None:
-      raise ValueError('weight_decay acts on the weights: call update(updates, state, params)')
-    decay = weight_decay * (lr(state.count) if callable(lr) else lr)
-    updates = jax.tree.map(lambda u, p: u - (decay * (p + u)).astype(u.dtype), updates, params)
-    return updates, DecayUpdatedState(optax.safe_increment(state.count))
-
-  return optax.GradientTransformation(init, update)
+  return optax.chain(projected, optax.scale_by_learning_rate(lr), decay_updated(lr, weight_decay))

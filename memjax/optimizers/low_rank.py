@@ -65,7 +65,7 @@ def apollo(
   *,
   layout=None,
 ):
-  """APOLLO (Zhu et al., 2024); see `memjax.apollo`. `scale` is the root of the official argument."""
+  """APOLLO (Zhu et al., 2024); see `memjax.apollo`. `scale` is the root of the official one."""
   return transforms.apollo(
     learning_rate,
     rank,

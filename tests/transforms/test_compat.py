@@ -1,4 +1,4 @@
-"""The official GaLoreAdamW against values computed from its source by hand, in f64."""
+"""Official optimizers against values computed from their sources by hand, in f64."""
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,18 @@ def _weight(shape):
   return 0.02 * np.cos(1 + 2 * i + 3 * j)
 
 
+def _run(optimizer, shape, steps):
+  """Returns the official weight after some updates."""
+  # A Flax kernel is the official weight transposed, and so is its gradient.
+  params = {'kernel': jnp.asarray(_weight(shape).T)}
+  state = optimizer.init(params)
+  for step in range(steps):
+    gradient = {'kernel': jnp.asarray(_gradient(shape, step).T)}
+    updates, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+  return np.asarray(params['kernel']).T
+
+
 @pytest.mark.parametrize(('proj_type', 'shape', 'steps'), GOLDEN)
 def test_galore_adamw_gives_the_golden_values(proj_type, shape, steps):
   with jax.enable_x64(True):
@@ -44,17 +56,45 @@ def test_galore_adamw_gives_the_golden_values(proj_type, shape, steps):
       scale=0.25,
       proj_type=proj_type,
     )
-    # A Flax kernel is the official weight transposed, and so is its gradient.
-    params = {'kernel': jnp.asarray(_weight(shape).T)}
-    state = optimizer.init(params)
-    for step in range(steps):
-      gradient = {'kernel': jnp.asarray(_gradient(shape, step).T)}
-      updates, state = optimizer.update(gradient, state, params)
-      params = optax.apply_updates(params, updates)
-    weight = np.asarray(params['kernel']).T
+    weight = _run(optimizer, shape, steps)
   measured = weight.sum(), np.linalg.norm(weight), weight[0, 0], weight[-1, -1]
   # Half a unit of the last printed digit.
   np.testing.assert_allclose(measured, GOLDEN[proj_type, shape, steps], rtol=0, atol=0.6e-8)
+
+
+# (method, official shape [out, in], updates), likewise, from the sources of fira and apollo-torch.
+GOLDEN_FULL_RANK = {
+  ('fira', (3, 5), 2): (-0.01082804, 0.06049356, 0.00120994, 0.00587760),
+  ('fira', (3, 5), 4): (-0.01666269, 0.06223230, -0.00035731, 0.00777322),
+  ('fira', (5, 3), 2): (-0.00748546, 0.06294276, 0.00206427, -0.01748660),
+  ('fira', (5, 3), 4): (-0.00655123, 0.06454518, 0.00133919, -0.01862561),
+  ('apollo', (3, 5), 4): (-0.01322594, 0.06564629, 0.00036202, 0.00331939),
+  ('apollo', (5, 3), 4): (-0.00537024, 0.06612414, 0.00093397, -0.01813724),
+  ('mini', (3, 5), 4): (-0.08937939, 0.23622667, -0.06749092, 0.08306827),
+  ('mini', (5, 3), 4): (-0.03036779, 0.23691004, -0.06883719, -0.04058315),
+}
+
+
+def _projection(path, shape, refresh):
+  """The projection that the golden values of APOLLO were computed with."""
+  i, j = np.indices(shape)
+  return jnp.sin(1.0 + i + 2 * j) / np.sqrt(min(shape))
+
+
+@pytest.mark.parametrize(('method', 'shape', 'steps'), GOLDEN_FULL_RANK)
+def test_full_rank_methods_give_the_golden_values(method, shape, steps):
+  with jax.enable_x64(True):
+    optimizer = {
+      'fira': lambda: compat.fira_adamw(lr=0.01, rank=2, update_proj_gap=2, alpha=0.25),
+      'apollo': lambda: compat.apollo_adamw(lr=0.01, rank=2, projection_fn=_projection),
+      'mini': lambda: compat.apollo_adamw(
+        lr=0.01, rank=1, scale=128.0, scale_type='tensor', projection_fn=_projection
+      ),
+    }[method]()
+    weight = _run(optimizer, shape, steps)
+  measured = weight.sum(), np.linalg.norm(weight), weight[0, 0], weight[-1, -1]
+  # Half a unit of the last printed digit, and the 1e-8 in the package's denominators.
+  np.testing.assert_allclose(measured, GOLDEN_FULL_RANK[method, shape, steps], rtol=0, atol=1e-8)
 
 
 def test_scheduled_rate_drives_the_step_and_the_decay():
