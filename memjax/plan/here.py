@@ -27,7 +27,7 @@ def compile_here(config: ConfigDict, parts: build.Parts):
   """
   started = time.monotonic()
   mesh = jax.tree.leaves(parts.state)[0].sharding.mesh
-  device = mesh.devices.flat[0]
+  device = mesh.local_devices[0]  # Of another process it would tell nothing.
   limit, message = memory.limit_bytes(device), None
   lowered = parts.step.lower(parts.state, parts.batch)
   host = memory.host_bytes(parts.state, parts.batch)

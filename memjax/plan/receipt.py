@@ -11,6 +11,7 @@ Sizes are bytes of one device. The fields:
   compile_seconds, cached       of the compile; whether it was read from the disk
   compiled                      the compiler's own figures
   message                       the compiler's words where it refused the program
+  notes                         sentences about what the figures leave out
 """
 
 from rich.console import Console
@@ -69,6 +70,7 @@ def receipt(report: dict) -> dict:
     'cached': report['cached'],
     'compiled': report['compiled'],
     'message': report.get('message'),
+    'notes': report.get('notes', []),
   }
 
 
@@ -155,6 +157,8 @@ def show(receipts: list[dict], title: str) -> None:
   say(table(receipts, title))
   for found in receipts:
     say(escape(verdict(found)))
+    for note in found['notes']:
+      say(f'  {escape(note)}')
 
 
 def _row(out: Table, words: str, unit: int, sizes: list, skip_zeros: bool = False) -> None:
