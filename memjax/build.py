@@ -1,5 +1,6 @@
 """From a config to the parts of a run, as shapes: nothing here allocates on a device."""
 
+import functools
 import inspect
 import zlib
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from memjax import config as config_lib
-from memjax import models, optimizers, schedules, sharding
+from memjax import models, optimizers, schedules, sharding, weights
 from memjax.steps import layerwise, whole_tree
 
 
@@ -40,18 +41,21 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
   model = build_model(config, mesh)
   schedule = build_schedule(config)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  shardings = sharding.param_shardings(params, model.SHARDING, mesh)
-  transform = build_transform(config, schedule, sharding.layout(params, shardings))
+  init_params = model.init
+  if config.weights == 'int8':
+    init_params = functools.partial(model.init, store=weights.quantise)
+  params = weights.dense(jax.eval_shape(init_params, jax.random.key(0)))
+  dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
+  transform = build_transform(config, schedule, sharding.layout(params, dense_shardings))
 
   def init(key):
-    return whole_tree.init_state(model.init, transform, key)
+    return whole_tree.init_state(init_params, transform, key)
 
   state = jax.eval_shape(init, jax.random.key(0))
   shardings = {
     'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
-    'params': shardings,
-    'opt': sharding.state_shardings(state['opt'], params, shardings),
+    'params': sharding.weight_shardings(state['params'], dense_shardings),
+    'opt': sharding.state_shardings(state['opt'], params, dense_shardings),
   }
   state = _place(state, shardings)
   options = dict(
@@ -61,7 +65,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
   )
   if config.step == 'layerwise':
-    train_step = layerwise.make_train_step(model, transform, shardings=shardings, **options)
+    gradients = shardings | {'params': dense_shardings}
+    train_step = layerwise.make_train_step(model, transform, shardings=gradients, **options)
   else:
     train_step = whole_tree.make_train_step(model.loss, transform, **options)
   return Parts(

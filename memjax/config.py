@@ -29,6 +29,7 @@ from memjax.naming import nearest
 
 STEPS = ('whole_tree', 'layerwise')  # Modules of memjax.steps.
 CLIPS = ('global', 'layer')
+WEIGHTS = ('dense', 'int8')
 
 # What may differ between runs that share a work directory: nothing here changes what a finished
 # step computed.
@@ -53,6 +54,7 @@ def default() -> ConfigDict:
   c.model = 'llama_quickstart'  # A name in memjax.models.PRESETS.
   c.model_args = ConfigDict(dict(loss_chunk=1024))  # Fields of the model to change.
   c.param_dtype = 'float32'
+  c.weights = 'dense'  # Or 'int8': the blocks' matrices in 8 bits, with step='layerwise' to save.
   c.compute_dtype = 'float32'
   c.remat = 'none'  # What the backward pass recomputes: none, full, dots, ...
   c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
@@ -233,6 +235,12 @@ def check_same_run(old: dict, new: dict) -> list[str]:
 def _check_step(c: ConfigDict) -> None:
   _look_up('step', c.step, STEPS)
   _look_up('clip_by', c.clip_by, CLIPS)
+  _look_up('weights', c.weights, WEIGHTS)
+  if c.weights == 'int8' and not c.stochastic_rounding:
+    raise ValueError(
+      "config.weights='int8' loses every update under half a step of 8 bits when it is rounded to "
+      'nearest, which is most of them; set config.stochastic_rounding=True'
+    )
   if c.step == 'layerwise' and c.remat not in ('none', 'full'):
     raise ValueError(
       f'config.remat is {c.remat!r}, but the layer-by-layer step keeps the input of a layer and '

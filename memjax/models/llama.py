@@ -20,6 +20,7 @@ Any leaf may be a `memjax.weights.Weight` instead of an array.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -196,16 +197,24 @@ class Llama:
     """Returns the number of parameters; a tied head counts once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
 
-  def init(self, key: jax.Array) -> Params:
+  def init(
+    self, key: jax.Array, store: Callable[[jax.Array], Any] = lambda matrix: matrix
+  ) -> Params:
     """Draws parameters: norms 1, matrices normal with standard deviation `init_std`.
 
     Each leaf's noise is addressed by its path and, in blocks, its layer, so the same key gives the
     same bits on any mesh and a deeper model begins with a shallower one's layers. Jit it with
     `out_shardings` to draw each shard where it stays.
-    """
-    return jax.tree.map_with_path(lambda path, leaf: self._draw(key, path, leaf), self.abstract())
 
-  def _draw(self, key, path, leaf):
+    Args:
+      key: PRNG key.
+      store: Maps one matrix of a block to what is kept of it, such as `memjax.weights.quantise`; a
+        stack is never held in any other form.
+    """
+    draw = lambda path, leaf: self._draw(key, path, leaf, store)
+    return jax.tree.map_with_path(draw, self.abstract())
+
+  def _draw(self, key, path, leaf, store):
     path = path_string(path)
     if path.endswith('scale'):
       return jnp.ones(leaf.shape, leaf.dtype)
@@ -217,7 +226,7 @@ class Llama:
     if not path.startswith('blocks/'):
       return draw(key, leaf.shape)
     # Layer after layer and not in one draw, whose 32-bit temporaries are several times the leaf.
-    draw_layer = lambda layer: draw(jax.random.fold_in(key, layer), leaf.shape[1:])
+    draw_layer = lambda layer: store(draw(jax.random.fold_in(key, layer), leaf.shape[1:]))
     return jax.lax.map(draw_layer, jnp.arange(self.layers))
 
   # The three pieces.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memjax import transforms
+from memjax import transforms, weights
 from memjax.steps import clipping, micro_batches
 
 
@@ -22,7 +22,8 @@ def init_state(init_params, transform: optax.GradientTransformation, key):
     key: PRNG key of the parameters.
   """
   params = init_params(key)
-  return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': transform.init(params)}
+  opt = transform.init(weights.dense(params))
+  return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': opt}
 
 
 def make_train_step(
@@ -56,13 +57,14 @@ def make_train_step(
   clipping.check(clip_by)
 
   def step(state, batch):
-    total, grads = _value_and_grad(loss, state['params'], batch, accumulate)
+    dense = weights.dense(state['params'])
+    total, grads = _value_and_grad(loss, dense, batch, accumulate)
     norm = global_norm(grads)
     if clip_norm is not None and clip_by == 'global':
       grads = clipping.by_norm(grads, norm, clip_norm)
     elif clip_norm is not None:
       grads = clipping.by_group(grads, clip_norm, stack='blocks')
-    updates, opt = transform.update(grads, state['opt'], state['params'])
+    updates, opt = transform.update(grads, state['opt'], dense)
     key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
     params = transforms.apply_updates(state['params'], updates, key)
     metrics = {'train/loss': total, 'train/grad_norm': norm}

@@ -9,18 +9,19 @@ import optax
 
 from memjax.transforms import explicit
 from memjax.transforms.paths import fold_in_path, path_string
+from memjax.weights import Int8
 
 
-def apply_updates(params, updates, key: jax.Array | None = None):
-  """Adds updates to parameters; with a key, bf16 leaves are rounded stochastically.
+def apply_updates(params, updates, key: jax.Array | None = None, layer: jax.Array | None = None):
+  """Adds updates to parameters; with a key, bf16 and `Int8` leaves are rounded stochastically.
 
   Rounding to nearest loses every update under half an ulp, for bf16 a 512th of the weight, and
   training stalls. A sum rounded up or down with odds by its distance keeps the mean of the updates.
   All other dtypes are added as `optax.apply_updates` does.
 
-  The noise has an address: the key, the leaf's path, the index along its first axis. A step that
-  updates a stacked leaf layer by layer draws the same bits by calling `round_stochastically` on
-  `[...]` slices with `fold_in(fold_in_path(key, path), layer)`; so does any sharding.
+  The noise has an address: the key, the leaf's path, the index along its first axis (an `Int8`
+  matrix `[m, n]` has one address). A step that updates stacked leaves layer by layer says which,
+  and draws the same bits; so does any sharding.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -33,34 +34,40 @@ def apply_updates(params, updates, key: jax.Array | None = None):
     1.0010
 
   Args:
-    params: Pytree of arrays.
-    updates: Pytree of the same structure and shapes.
+    params: Pytree of arrays or `memjax.weights.Int8`.
+    updates: Pytree of the same structure and shapes, all arrays; see `memjax.weights.dense`.
     key: Key of this update, for instance `fold_in(root, step)`; None rounds to nearest.
+    layer: i32[], the layer that all leaves are, `[1, ...]` of `[L, ...]`; None for whole leaves.
 
   Returns:
     New parameters in the dtypes of the old.
   """
-  if key is None:
-    return optax.apply_updates(params, updates)
 
-  def add_all(params, updates, key):
-    add_leaf = functools.partial(_add, key)
-    return jax.tree_util.tree_map_with_path(add_leaf, params, updates, is_leaf=lambda x: x is None)
+  def add_all(params, updates, key, layer):
+    add_leaf = functools.partial(_add, key, layer)
+    is_leaf = lambda x: x is None or isinstance(x, Int8)
+    return jax.tree_util.tree_map_with_path(add_leaf, params, updates, is_leaf=is_leaf)
 
-  return explicit.on_auto_axes(add_all, params, params, updates, key)
+  return explicit.on_auto_axes(add_all, params, params, updates, key, layer)
 
 
-def _add(key, path, param, update):
-  if param is None or param.dtype != jnp.bfloat16:
+def _add(key, layer, path, param, update):
+  is_int8 = isinstance(param, Int8)
+  if key is None and is_int8:
+    return param.add(update)
+  if key is None or param is None or not (is_int8 or param.dtype == jnp.bfloat16):
     return optax.apply_updates(param, update)
-  total = param.astype(jnp.float32) + update.astype(jnp.float32)
+  add = Int8.add if is_int8 else _add_bfloat16
   leaf_key = fold_in_path(key, path_string(path))
-  if total.ndim < 2:
-    return round_stochastically(total, leaf_key)
-  layers = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(
-    jnp.arange(total.shape[0], dtype=jnp.uint32)
-  )
-  return jax.vmap(round_stochastically)(total, layers)
+  if update.ndim < (3 if is_int8 else 2):
+    return add(param, update, leaf_key)
+  layers = jnp.arange(update.shape[0]) if layer is None else layer[None]
+  keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer.astype(jnp.uint32)))(layers)
+  return jax.vmap(add)(param, update, keys)
+
+
+def _add_bfloat16(param, update, key):
+  return round_stochastically(param.astype(jnp.float32) + update.astype(jnp.float32), key)
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ A model never reads a parameter: it asks for `dot`, `take` or `materialize`. So 
 low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model changes.
 """
 
+from memjax.weights.int8 import Int8, dense, quantise
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take
 
-__all__ = ['Weight', 'dot', 'is_weight', 'materialize', 'take']
+__all__ = ['Int8', 'Weight', 'dense', 'dot', 'is_weight', 'materialize', 'quantise', 'take']
