@@ -69,10 +69,18 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
   def body(step, state):
     cotangent, carry = state
     index = layers - 1 - step
-    layer = slices.take(carry['params'][STACK], index)
-    x = lax.dynamic_index_in_dim(inputs, index, keepdims=False)
-    grads, cotangent = _layer(task, layer, x, cotangent)
-    return cotangent, use(carry, task.lay_out({STACK: grads}), index)
+
+    def differentiate(cotangent):
+      layer = slices.take(carry['params'][STACK], index)
+      x = lax.dynamic_index_in_dim(inputs, index, keepdims=False)
+      return _layer(task, layer, x, cotangent)
+
+    # A loop of one trip, which the compiler does not see through: all that reads the weights comes
+    # before what overwrites them. Without it XLA's CPU backend copies whole stacks.
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, cotangent)[0])
+    made = lax.fori_loop(step, step + 1, lambda _, made: differentiate(made[1]), (zeros, cotangent))
+    grads, cotangent = made
+    return cotangent, use(carry, {STACK: grads}, index)
 
   cotangent, carry = lax.fori_loop(0, layers, body, (cotangent, carry))
   grads = _embedding(task, carry['params'], cotangent)
@@ -107,7 +115,9 @@ def _layer(task, layer, x, cotangent):
   def one(part):
     x, cotangent = part
     _, pull_back = jax.vjp(block, layer, x)
-    return pull_back(cotangent)
+    grads, cotangent = pull_back(cotangent)
+    # Here and not after the loops around, so that each device sums up its own shard only.
+    return task.lay_out({STACK: grads})[STACK], cotangent
 
   return accumulate(one, (x, cotangent), task.number)
 

@@ -1,0 +1,74 @@
+"""Every transform of the contract, layer by layer against all at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from memjax.steps import layerwise, whole_tree
+from tests.contract.test_contract import TRANSFORMS
+
+LAYERS, VOCAB, WIDTH, INNER = 3, 16, 12, 20
+
+
+class Toy:
+  """A model of the kind `layerwise` takes, in three lines."""
+
+  tied = False
+
+  def embed(self, params, tokens):
+    return params['embed']['embedding'][tokens]
+
+  def block(self, layer, x):
+    hidden = jnp.tanh(x @ layer['mlp']['kernel'] + layer['norm']['scale'][None, None, :])
+    return x + hidden[..., :WIDTH]
+
+  def head_loss(self, params, x, targets, weights):
+    logits = jax.nn.log_softmax(x @ params['head']['kernel'])
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(chosen * weights), jnp.sum(weights)
+
+  def loss(self, params, batch):
+    x = self.embed(params, batch['tokens'])
+    x, _ = jax.lax.scan(lambda x, layer: (self.block(layer, x), None), x, params['blocks'])
+    return self.head_loss(params, x, batch['targets'], batch['weights'])
+
+
+def init_params(key):
+  del key
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return {
+    'embed': {'embedding': draw(VOCAB, WIDTH)},
+    'blocks': {
+      'norm': {'scale': draw(LAYERS, INNER)},
+      'mlp': {'kernel': draw(LAYERS, WIDTH, INNER)},
+    },
+    'head': {'kernel': draw(WIDTH, VOCAB)},
+  }
+
+
+def batch_of(step, rows=8, length=8):
+  rng = np.random.default_rng(100 + step)
+  tokens = rng.integers(0, VOCAB, (rows, length + 1), dtype=np.int32)
+  weights = np.asarray(rng.random((rows, length)) < 0.7, np.float32)
+  return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': weights}
+
+
+def train(step, transform, steps=4):
+  state = whole_tree.init_state(init_params, transform, jax.random.key(0))
+  step, losses = jax.jit(step), []
+  for i in range(steps):
+    state, metrics = step(state, batch_of(i))
+    losses.append(metrics)
+  return state, losses
+
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_layer_by_layer_is_all_at_once(name):
+  transform = optax.chain(TRANSFORMS[name].make(), optax.scale(-0.01))
+  ordinary = train(whole_tree.make_train_step(Toy().loss, transform), transform)
+  layered = train(layerwise.make_train_step(Toy(), transform), transform)
+  check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+  jax.tree.map(check, layered, ordinary)
