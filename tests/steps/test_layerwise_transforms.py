@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from memjax import optimizers
 from memjax.steps import layerwise, whole_tree
 from tests.contract.test_contract import TRANSFORMS
+from tests.models.tiny import assert_trees_close
 
 LAYERS, VOCAB, WIDTH, INNER = 3, 16, 12, 20
 
@@ -65,10 +67,26 @@ def train(step, transform, steps=4):
   return state, losses
 
 
-@pytest.mark.parametrize('name', TRANSFORMS)
+def make(name):
+  if name == 'muon':  # `scale_by_muon` refuses vectors; the optimizer sends them elsewhere.
+    return optimizers.OPTIMIZERS['muon'](0.01)
+  return optax.chain(TRANSFORMS[name].make(), optax.scale(-0.01))
+
+
+# Of each kind of state one in every run of the tests: bases, factors, a drawn basis, packed bases
+# with intervals of their own.
+COMMON = ('galore', 'adalomo', 'apollo_mini', 'q_galore')
+
+
+@pytest.mark.parametrize(
+  'name', [n if n in COMMON else pytest.param(n, marks=pytest.mark.slow) for n in TRANSFORMS]
+)
 def test_layer_by_layer_is_all_at_once(name):
-  transform = optax.chain(TRANSFORMS[name].make(), optax.scale(-0.01))
+  transform = make(name)
   ordinary = train(whole_tree.make_train_step(Toy().loss, transform), transform)
   layered = train(layerwise.make_train_step(Toy(), transform), transform)
-  check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
-  jax.tree.map(check, layered, ordinary)
+  # Sums in another order, 1e-7, which division by small moments enlarges; 1e-6 of the largest
+  # entry everywhere but in state that is itself a quotient of small numbers.
+  assert_trees_close(layered[0]['params'], ordinary[0]['params'], 2e-6)
+  assert_trees_close(layered[0]['opt'], ordinary[0]['opt'], 1e-5)
+  assert_trees_close(layered[1], ordinary[1], 1e-6)
