@@ -43,6 +43,8 @@ from memjax.transforms.q_galore import q_galore as q_galore
 from memjax.transforms.q_galore import scale_by_q_galore as scale_by_q_galore
 from memjax.transforms.quantize_state import QuantizeState as QuantizeState
 from memjax.transforms.quantize_state import quantize_state as quantize_state
+from memjax.transforms.round_state import RoundState as RoundState
+from memjax.transforms.round_state import round_state as round_state
 from memjax.transforms.rounding import apply_updates as apply_updates
 from memjax.transforms.sm3 import scale_by_sm3 as scale_by_sm3
 from memjax.transforms.sm3 import sm3 as sm3
