@@ -79,10 +79,11 @@ def attribute(
 ) -> dict[str, int]:
   """Divides the peak into parts, none negative, that sum to it.
 
-  The arguments are exact. What the compiler holds beyond them at the peak is, in this order: tiles
-  it pads arguments to, outputs that overwrite no argument, code, and temporaries up to their total.
-  Of the temporaries, gradients are as many as the step forms, at most all; the rest are activations
-  and whatever else the program keeps. What the peak holds beyond all of this has its own name.
+  The arguments are exact. What the compiler holds beyond them at the peak is, in this order and
+  each up to its total: tiles it pads arguments to, outputs that overwrite no argument, temporaries,
+  code (which some peaks leave out). Of the temporaries, gradients are as many as the step forms, at
+  most all; the rest are activations and whatever else the program keeps. What the peak holds beyond
+  all of this has its own name.
 
   Args:
     peak: Bytes of device memory.
@@ -97,11 +98,11 @@ def attribute(
   held = {
     'layout_padding': 0 if counted is None else max(counted - sum(arguments.values()), 0),
     'new_outputs': max(compiled.get('output', 0) - compiled.get('alias', 0), 0),
-    'generated_code': compiled.get('generated_code', 0),
   }
   temporaries = compiled.get('temp', left)
   held['gradients'] = min(gradients, temporaries)
   held['activations_and_temporaries'] = temporaries - held['gradients']
+  held['generated_code'] = compiled.get('generated_code', 0)
   for name, size in held.items():
     found[name] = max(min(size, left), 0)
     left -= found[name]

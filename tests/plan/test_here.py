@@ -27,6 +27,7 @@ def one_device():
 def small():
   c = config.load(SMOKE)
   c.model_args = dict(layers=1, loss_chunk=64)
+  c.param_dtype = c.compute_dtype = 'float32'
   c.optimizer = config.optimizer('sgd', learning_rate=0.1)
   return c
 
