@@ -1,0 +1,64 @@
+"""The layer-by-layer step compiled for TPUs that are not here: what it never holds nor moves."""
+
+import jax
+import pytest
+
+from memjax import config, plan
+from tests.plan.test_tpu import compile_for, moved_matrices
+
+pytest.importorskip('libtpu')
+
+SPEC = 'configs/adamw_llama60m.py:smoke'
+
+
+def compile_step(target, step, optimizer=None, **changes):
+  return compile_for(
+    target,
+    SPEC,
+    step=step,
+    optimizer=optimizer or config.optimizer('sgd', learning_rate=0.1),
+    accumulate=1,
+    remat='full',
+    **changes,
+  )[:2]
+
+
+def test_no_gradient_is_larger_than_a_layers():
+  """A deeper model takes more temporary memory by its layers' inputs alone."""
+
+  def temporary(layers):
+    small = dict(model='llama_9m', batch_size=1, seq_len=64)
+    args = dict(loss_chunk=64, layers=layers, vocab=512)
+    parts, compiled = compile_step('v5e:1x1', 'layerwise', model_args=args, **small)
+    plan.check_donated(compiled, parts.state)
+    return compiled.memory_analysis().temp_size_in_bytes, parts
+
+  few, parts = temporary(4)
+  many, _ = temporary(12)
+  hidden = 2 * 64 * 128
+  gradient = sum(2 * x.size // 4 for x in jax.tree.leaves(parts.state['params']['blocks']))
+  assert gradient > 20 * hidden
+  assert many - few <= 12 * hidden
+
+
+def test_layer_by_layer_moves_no_matrix_that_the_ordinary_step_does_not():
+  """Eight-way fsdp: a layer's weights are gathered, its gradients reduced to their shards."""
+  args = dict(vocab=512, loss_chunk=64)
+  small = dict(model='llama_9m', batch_size=16, seq_len=64, model_args=args)
+  parts, layered = compile_step('v5e:2x4', 'layerwise', **small)
+  _, ordinary = compile_step('v5e:2x4', 'whole_tree', **small)
+  moved = moved_matrices(layered, parts)
+  assert moved  # The reader sees the gathers of the weights.
+  assert moved <= moved_matrices(ordinary, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['sgd', 'adalomo', 'apollo_mini'])
+def test_a_7b_model_trains_in_full_on_one_v5e(name):
+  """32 layers, bfloat16 rounded stochastically, batch 1 x 2048; a chip has 15.75 GiB."""
+  optimizer = config.optimizer(name, learning_rate=1e-3)
+  large = dict(model='llama_7b', batch_size=1, seq_len=2048, model_args=dict(loss_chunk=1024))
+  _, compiled = compile_step('v5e:1x1', 'layerwise', optimizer, **large)
+  peak = compiled.memory_analysis().peak_memory_in_bytes / 2**30
+  print(f'{name}: peak {peak:.2f} GiB')
+  assert peak <= 14.3
