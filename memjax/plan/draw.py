@@ -24,7 +24,7 @@ _MARKERS = 'osD^vPX*'
 
 
 def bars(receipts: list[dict], file) -> None:
-  """Draws a stacked bar a receipt, with the device's limit as a line across it."""
+  """Draws a stacked bar a receipt, with the device's limit as a line across it if it is near."""
   figure, axes = _figure(2.2 + 1.2 * max(3, len(receipts)))
   for part, words in PARTS.items():
     sizes = [found['parts'][part] / GIB for found in receipts]
@@ -32,7 +32,7 @@ def bars(receipts: list[dict], file) -> None:
       bottom = [sum_before(found, part) / GIB for found in receipts]
       axes.bar(range(len(receipts)), sizes, 0.6, bottom, label=words, color=_COLOURS[part])
   for i, found in enumerate(receipts):
-    if found['limit_bytes'] is not None:
+    if _in_sight(found['limit_bytes'], receipts):
       label = 'limit' if i == 0 else None
       y = found['limit_bytes'] / GIB
       axes.plot([i - 0.4, i + 0.4], [y, y], color='black', linewidth=2, label=label)
@@ -71,7 +71,7 @@ def trade(rows: list[dict], file) -> None:
     point = (row['relative_work'], row['peak_bytes'] / GIB)
     axes.annotate(row['method'], point, xytext=(5, 4), textcoords='offset points', fontsize=8)
   limit = rows[0]['receipt']['limit_bytes']
-  if limit is not None:
+  if _in_sight(limit, rows):
     axes.axhline(limit / GIB, color='black', linewidth=1, label='limit')
   for i, way in enumerate(ways):
     axes.scatter([], [], marker=_MARKERS[i], color='grey', label=way)
@@ -97,6 +97,11 @@ def frontier(rows: list[dict]) -> list[dict]:
       for other in rows
     )
   ]
+
+
+def _in_sight(limit, drawn) -> bool:
+  """Whether a line at the limit leaves what is drawn large enough to be seen."""
+  return limit is not None and limit <= 8 * max(one['peak_bytes'] for one in drawn)
 
 
 def _figure(width):

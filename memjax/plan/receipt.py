@@ -125,15 +125,14 @@ def verdict(found: dict) -> str:
 
 
 def table(receipts: list[dict], title: str) -> Table:
-  """Returns receipts side by side, a column a target, in MiB (2**20 bytes) of one device, or GiB
-  where that makes more than a thousand.
+  """Returns receipts side by side, a column a target, in GiB of one device or, if all is less, in
+  MiB.
 
   Parts that are zero everywhere have no row.
   """
-  large = max(found['peak_bytes'] for found in receipts) >= GIB
-  caption = 'GiB (2**30 bytes) of one device' if large else 'MiB (2**20 bytes) of one device'
+  unit, word = unit_of(found['peak_bytes'] for found in receipts)
+  caption = f'{word} (2**{unit.bit_length() - 1} bytes) of one device'
   out = Table(title=escape(title), title_justify='left', caption=caption)
-  unit = GIB if large else MIB
   out.add_column('part')
   for found in receipts:
     out.add_column(found['target'], justify='right')
@@ -150,6 +149,11 @@ def table(receipts: list[dict], title: str) -> Table:
     _row(out, f'{kind} a step', unit, [found['collectives'].get(kind, 0) for found in receipts])
   out.add_row('compile seconds', *map(_seconds, receipts))
   return out
+
+
+def unit_of(sizes) -> tuple[int, str]:
+  """Returns the unit, in bytes and as a word, in which the largest of some sizes is read best."""
+  return (GIB, 'GiB') if max(sizes) >= GIB else (MIB, 'MiB')
 
 
 def show(receipts: list[dict], title: str) -> None:

@@ -11,7 +11,7 @@ from memjax import build, models, optimizers
 from memjax import config as config_lib
 from memjax.models.remat import POLICIES
 from memjax.plan import compiler, work
-from memjax.plan.receipt import GIB, receipt, state_bytes
+from memjax.plan.receipt import receipt, state_bytes, unit_of
 
 COMPILES = 32  # At most, unless told otherwise: some ten minutes of a 7B model on two cores.
 
@@ -129,19 +129,20 @@ def with_method(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def table(rows: list[dict], title: str) -> Table:
-  """Returns the rows of `recommend` as a table to print."""
+  """Returns the rows of `recommend` as a table to print, in GiB or, if all is less, in MiB."""
+  unit, word = unit_of(row['peak_bytes'] for row in rows)
   out = Table(title=title, title_justify='left')
   out.add_column('method')
   out.add_column('backward')
   out.add_column('precision')
-  for column in ('fits', 'peak GiB', 'state GiB', 'work'):
+  for column in ('fits', f'peak {word}', f'state {word}', 'work'):
     out.add_column(column, justify='right')
   fits = {True: '[green]yes[/]', False: '[red]no[/]', None: 'unknown'}
   for row in rows:
     out.add_row(
       *(row[k] for k in ('method', 'backward', 'precision')),
       fits[row['fits']],
-      *(f'{row[k] / GIB:,.2f}' for k in ('peak_bytes', 'state_bytes')),
+      *(f'{row[k] / unit:,.2f}' for k in ('peak_bytes', 'state_bytes')),
       f'{row["relative_work"]:.2f}',
     )
   return out

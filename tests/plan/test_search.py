@@ -151,6 +151,8 @@ def test_recommended_are_those_that_fit_first_then_by_peak(fake, three_methods, 
   assert work_of['adamw', 'none', 'float32'] == 1.0
   assert work_of['adamw', 'full', 'bfloat16'] == 1.25
   assert fake.asked[2]['optimizer']['rank'] == 16  # A quarter of the width.
+  shown = recommend.table(rows, 'ways')
+  assert list(shown.columns[0].cells) == [row['method'] for row in rows]
 
 
 def test_when_nothing_compiles_the_first_sentence_is_the_error(fake, three_methods):
