@@ -19,7 +19,7 @@ from rich.table import Table
 from memjax import command
 from memjax.config import run_name
 from memjax.plan import draw, recommend, search, targets
-from memjax.plan.planning import plan
+from memjax.plan.planning import try_plan
 from memjax.plan.receipt import GIB, show, verdict
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
@@ -45,21 +45,25 @@ def main() -> None:
     raise ValueError('--search and --recommend are two questions; ask one at a time')
   if not TARGET.value:
     raise ValueError('say which device, as --target=v5e:1x1; --list-targets shows them')
-  config, name = CONFIG.value, run_name(command.config_file())
+  for file in filter(None, (JSON.value, PLOT.value)):
+    if not pathlib.Path(file).parent.is_dir():
+      raise ValueError(f'{file}: there is no folder {str(pathlib.Path(file).parent)!r}')
+  config, name, errors = CONFIG.value, run_name(command.config_file()), []
   if SEARCH.value:
     found = [search_batch(config, target, say) for target in TARGET.value]
   elif RECOMMEND.value:
     found = [row for target in TARGET.value for row in compare(config, target, name, say)]
   else:
     with progress('compiling', len(TARGET.value)) as tried:
-      found = plan(config, TARGET.value, on_done=tried)
-    show(found, f'Memory of one training step of {name}')
-    if PLOT.value:
-      draw.bars(found, PLOT.value)
+      found, errors = try_plan(config, TARGET.value, on_done=tried)
+    if found:
+      show(found, f'Memory of one training step of {name}')
+      if PLOT.value:
+        draw.bars(found, PLOT.value)
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
-  for file in filter(None, (JSON.value, PLOT.value)):
-    say(f'wrote {escape(file)}')
+  if errors:
+    raise ValueError('\n'.join(errors))  # What the other targets need was worth saying first.
 
 
 def search_batch(config, target: str, say) -> dict:

@@ -35,14 +35,25 @@ def plan(
     A receipt a target, see `memjax.plan.receipt`.
 
   Raises:
-    ValueError: in one sentence, for a config that cannot work, an unknown target, a compiler that
-      is not installed, or a mesh or model that does not divide over the target's devices.
+    ValueError: in one sentence a target, for a config that cannot work, an unknown target, a
+      compiler that is not installed, or a mesh or model that does not divide over the devices.
+  """
+  found, errors = try_plan(config, targets, workers=workers, cache_dir=cache_dir, on_done=on_done)
+  if errors:
+    raise ValueError('\n'.join(errors))
+  return found
+
+
+def try_plan(config: ConfigDict, targets: Sequence[str], **options) -> tuple[list, list[str]]:
+  """Does as `plan`, and returns the receipts that there are and a sentence for each target that has
+  none.
   """
   config_lib.validate(config)
   jobs = [compiler.config_job(config, name) for name in targets]
-  return receipts(
-    compiler.compile_jobs(jobs, workers=workers, cache_dir=cache_dir, on_done=on_done)
-  )
+  reports = compiler.compile_jobs(jobs, **options)
+  # Two targets may fail alike.
+  errors = list(dict.fromkeys(report['error'] for report in reports if report['error']))
+  return [receipt(report) for report in reports if not report['error']], errors
 
 
 def plan_step(step, abstract_state, abstract_batch, target: str, *, cache_dir=None) -> dict:
@@ -68,14 +79,4 @@ def plan_step(step, abstract_state, abstract_batch, target: str, *, cache_dir=No
     file = pathlib.Path(directory) / 'step'
     job = exported.export_job(step, (abstract_state, abstract_batch), where, file)
     (report,) = compiler.compile_jobs([job], cache_dir=cache_dir)
-  (found,) = receipts([report | {'parts': parts, 'gradients': gradients}])
-  return found
-
-
-def receipts(reports: list[dict]) -> list[dict]:
-  """Returns a receipt a report.
-
-  Raises:
-    ValueError: with the sentence of the first report that has none.
-  """
-  return [receipt(report) for report in reports]
+  return receipt(report | {'parts': parts, 'gradients': gradients})
