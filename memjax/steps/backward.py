@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax import weights
 from memjax.steps import slices
 from memjax.steps.micro_batches import accumulate
 from memjax.steps.slices import STACK
@@ -59,7 +60,7 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
   Returns:
     The mean loss f32[], and the last carry.
   """
-  loss, grads, cotangent = _head(task, carry['params'], last)
+  loss, grads, cotangent = head_grads(task, carry['params'], last)
   tied = grads.pop(EMBED, None)
   carry = use(carry, task.lay_out(grads), None)
   # The head's gradient is used up before the first layer's is formed.
@@ -71,9 +72,9 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
     index = layers - 1 - step
 
     def differentiate(cotangent):
-      layer = slices.take(carry['params'][STACK], index)
+      layer = weights.dense(slices.take(carry['params'][STACK], index))
       x = lax.dynamic_index_in_dim(inputs, index, keepdims=False)
-      return _layer(task, layer, x, cotangent)
+      return layer_grads(task, layer, x, cotangent)
 
     # A loop of one trip, which the compiler does not see through: all that reads the weights comes
     # before what overwrites them. Without it XLA's CPU backend copies whole stacks.
@@ -83,13 +84,13 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
     return cotangent, use(carry, {STACK: grads}, index)
 
   cotangent, carry = lax.fori_loop(0, layers, body, (cotangent, carry))
-  grads = _embedding(task, carry['params'], cotangent)
+  grads = embed_grads(task, carry['params'], cotangent)
   if tied is not None:
     grads = jax.tree.map(jnp.add, tied, grads)
   return loss, use(carry, task.lay_out({EMBED: grads}), None)
 
 
-def _head(task, params, last):
+def head_grads(task, params, last):
   """Mean loss, gradients of the parameters that the head reads, cotangents of the hidden states."""
   read = EMBED if task.model.tied else None
   params = {key: params[key] for key in params if key not in (STACK, EMBED) or key == read}
@@ -106,7 +107,7 @@ def _head(task, params, last):
   return loss, grads, cotangent
 
 
-def _layer(task, layer, x, cotangent):
+def layer_grads(task, layer, x, cotangent):
   """Gradients `[1, ...]` of one layer's parameters, and cotangents of its input."""
 
   def block(layer, x):
@@ -122,7 +123,9 @@ def _layer(task, layer, x, cotangent):
   return accumulate(one, (x, cotangent), task.number)
 
 
-def _embedding(task, params, cotangent):
+def embed_grads(task, params, cotangent):
+  """Gradients of the embedding, as an input."""
+
   def one(part):
     tokens, cotangent = part
     embed = lambda table: task.model.embed({EMBED: table}, tokens)

@@ -1,9 +1,10 @@
 """How a layer-by-layer step holds the optimizer state, of which it sees one unit at a time.
 
-Shapes in this file: `L` layers. A unit is what is updated at once: the embedding, one layer, or what
-the head reads. A state leaf of the layers is `[S, ...]`, with a slot for each of the `L` layers, or
-only for those whose turn it is; the transform sees one layer of it, `[1, ...]`. State that belongs
-to no parameter, or to a layer's without having the axis of layers, is called shared: counts, keys.
+Shapes in this file: `L` layers. A unit is what is updated at once: the embedding, one layer, or
+what the head reads. A state leaf of the layers is `[S, ...]`, with a slot for each of the `L`
+layers, or only for those whose turn it is; the transform sees one layer of it, `[1, ...]`. State
+that belongs to no parameter, or to a layer's without having the axis of layers, is called shared:
+counts, keys.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.steps import offload, slices
+from memjax.steps.backward import EMBED
 from memjax.steps.slices import STACK
-
-EMBED = 'embed'  # The key of the parameters that `model.embed` reads.
 
 
 class Unit(NamedTuple):
@@ -34,10 +34,10 @@ class Unit(NamedTuple):
 class Holder(NamedTuple):
   """Takes a unit's state out of the leaves of all state, and puts it back."""
 
-  take: (
-    Callable  # (leaves, unit, fresh) -> the leaves that the transform sees; fresh is its `init`.
-  )
-  put: Callable  # (leaves, new, unit) -> leaves; in place where they are a loop's carry.
+  # (leaves, unit, fresh) -> the leaves that the transform sees; `fresh()` are those of its `init`.
+  take: Callable
+  # (leaves, new, unit) -> leaves; in place where they are a loop's carry.
+  put: Callable
 
 
 def together(slots: list[slices.Slot], where: list) -> Holder:
@@ -80,16 +80,16 @@ def apart(slots: list[slices.Slot], where: list, size: int, renew=None) -> Holde
   """
 
   def take(leaves, unit, fresh):
-    def see(slot, x, place, fresh):
+    def see(slot, x, place, new):
       if is_shared(slot):
         x = lax.dynamic_index_in_dim(x, _row(unit, size), keepdims=False)
       elif x is None:
-        return fresh
+        return new
       else:
         x = _take_own(slot, x, place, unit)
-      return x if renew is None else jnp.where(renew, fresh, x)
+      return x if renew is None else jnp.where(renew, new, x)
 
-    return [see(*each) for each in zip(slots, leaves, where, fresh, strict=True)]
+    return [see(*each) for each in zip(slots, leaves, where, fresh(), strict=True)]
 
   def put(leaves, new, unit):
     def replace(slot, old, new, place):

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from memjax import transforms
-from memjax.steps import clipping, slices
-from memjax.steps.backward import EMBED, Task, backward, forward
+from memjax import transforms, weights
+from memjax.naming import path_string
+from memjax.steps import clipping, held, slices
+from memjax.steps.backward import Task, backward, forward
 from memjax.steps.micro_batches import split
 from memjax.steps.slices import STACK
 from memjax.transforms.layers import Layer
-from memjax.transforms.paths import fold_in_path, path_string
-from memjax.transforms.rounding import round_stochastically
 
 
 def make_train_step(
@@ -74,18 +73,17 @@ def make_train_step(
   """
   clipping.check(clip_by)
   transform = optax.with_extra_args_support(transform)
-  lay_out = _lay_out_like(shardings)
+  lay_out = lay_out_like(shardings)
 
   def step(state, batch):
-    advance = _advance(transform, state, rounding_key)
+    opt, treedef = jax.tree.flatten(state['opt'])
+    slots = slices.plan(transform, weights.dense(state['params']))
+    holder = held.together(slots, shardings_of(treedef, shardings))
+    advance = make_advance(transform, state, treedef, holder, rounding_key)
     count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
     task = Task(model, split(batch, accumulate), accumulate, count, lay_out)
     last, inputs = forward(task, state['params'])
-    carry = {
-      'square': jnp.float32(0),
-      'params': state['params'],
-      'opt': jax.tree.leaves(state['opt']),
-    }
+    carry = {'square': jnp.float32(0), 'params': state['params'], 'opt': opt}
 
     def measure(carry, grads, index):
       del index
@@ -106,86 +104,71 @@ def make_train_step(
       return advance(carry, grads, index)
 
     loss, carry = backward(task, last, inputs, carry, update)
-    opt = jax.tree.unflatten(jax.tree.structure(state['opt']), carry['opt'])
     metrics = {'train/loss': loss, 'train/grad_norm': jnp.sqrt(carry['square'])}
-    return {'step': state['step'] + 1, 'params': carry['params'], 'opt': opt}, metrics
+    params, opt = carry['params'], treedef.unflatten(carry['opt'])
+    return {'step': state['step'] + 1, 'params': params, 'opt': opt}, metrics
 
   return step
 
 
-def _advance(transform, state, rounding_key):
-  """Returns `advance(carry, grads, index) -> carry`, which updates one group's parameters and
+def make_advance(transform, state, treedef, holder: held.Holder, rounding_key):
+  """Returns `advance(carry, grads, index, slot=index) -> carry`: updates one unit's parameters and
   state.
 
   The transform is called on the whole tree, with zeros for the gradients that are not there, so
-  that masks, labels and rules meet every leaf they know. What comes out for other groups is used by
+  that masks, labels and rules meet every leaf they know. What comes out for other units is used by
   nothing and the compiler drops it.
+
+  Args:
+    transform: The transform.
+    state: Training state before the step.
+    treedef: Structure of the transform's state; `carry['opt']` are its leaves.
+    holder: How these leaves hold a unit's state.
+    rounding_key: As in `make_train_step`.
   """
-  slots = slices.plan(transform, state['params'])
   layers = slices.count_layers(state['params'])
-  treedef = jax.tree.structure(state['opt'])
   key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
 
-  def advance(carry, grads, index):
-    params, opt, extra = carry['params'], carry['opt'], {}
-    if index is not None:
-      params = {**params, STACK: slices.take(params[STACK], index)}
-      opt = [slices.take(x, index) if slot.layered else x for slot, x in zip(slots, opt)]
-      extra['layer'] = Layer(index, layers, STACK)
-    whole = {k: grads[k] if k in grads else _zeros_like(params[k]) for k in params}
-    updates, after = transform.update(whole, treedef.unflatten(opt), params, **extra)
+  def advance(carry, grads, index, slot=None):
+    unit = held.Unit(tuple(grads), index, index if slot is None else slot)
+    layer = jnp.int32(0) if index is None else index  # The transform always sees a single layer.
+    params = {**carry['params'], STACK: slices.take(carry['params'][STACK], layer)}
+    dense = weights.dense(params)
+    whole = {k: grads[k] if k in grads else _zeros_like(dense[k]) for k in dense}
+    opt = holder.take(carry['opt'], unit, lambda: jax.tree.leaves(transform.init(dense)))
+    updates, after = transform.update(
+      whole, treedef.unflatten(opt), dense, layer=Layer(layer, layers, STACK)
+    )
     mine = lambda tree: {name: tree[name] for name in grads}
-    new, after = _add(mine(params), mine(updates), key, index), jax.tree.leaves(after)
-
+    new = transforms.apply_updates(mine(params), mine(updates), key, index)
     if index is not None:
       new = {STACK: slices.put(carry['params'][STACK], new[STACK], index)}
-    opt = [
-      _next(slot, old, x, grads, index)
-      for slot, old, x in zip(slots, carry['opt'], after, strict=True)
-    ]
+    opt = holder.put(carry['opt'], jax.tree.leaves(after), unit)
     return {**carry, 'params': {**carry['params'], **new}, 'opt': opt}
 
   return advance
 
 
-def _next(slot, old, new, grads, index):
-  """What a leaf of the optimizer state becomes once a group has been updated."""
-  if slot.layered:
-    return old if index is None else slices.put(old, new, index)
-  if slot.owner is None or slot.owner.split('/')[0] == STACK:
-    # Counts and the like: every group starts from the old one, so it moves with the last.
-    return new if EMBED in grads else old
-  return new if slot.owner.split('/')[0] in grads else old
+def shardings_of(treedef, shardings) -> list:
+  """Returns the shardings of the leaves of the optimizer state, or as many Nones."""
+  if shardings is None:
+    return [None] * treedef.num_leaves
+  return treedef.flatten_up_to(shardings['opt'])
 
 
 def _zeros_like(tree):
   return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _add(params, updates, key, index):
-  """Adds updates as `memjax.apply_updates` does, drawing a layer's noise at the layer's address."""
-  if index is None or key is None:
-    return transforms.apply_updates(params, updates, key)
-
-  def add(path, param, update):
-    if param.dtype != jnp.bfloat16:
-      return optax.apply_updates(param, update)
-    total = param.astype(jnp.float32) + update.astype(jnp.float32)
-    leaf_key = jax.random.fold_in(fold_in_path(key, path_string(path)), index)
-    return round_stochastically(total[0], leaf_key)[None]
-
-  return jax.tree_util.tree_map_with_path(add, params, updates)
-
-
-def _lay_out_like(shardings):
+def lay_out_like(shardings):
   """Returns a function that shards a dict of gradients like its parameters."""
   if shardings is None:
     return lambda grads: grads
   for path, sharding in jax.tree_util.tree_leaves_with_path(shardings['params'][STACK]):
     if sharding.spec and sharding.spec[0] is not None:
       raise ValueError(
-        f'{STACK}/{path_string(path)}: the axis of layers is sharded over {sharding.spec[0]!r}, but '
-        'a layer-by-layer step visits one layer after the other on all devices'
+        f'{STACK}/{path_string(path)}: the axis of layers is sharded over {sharding.spec[0]!r}, '
+        'but a layer-by-layer step visits one layer after the other on all devices'
       )
 
   def lay_out(grads):
