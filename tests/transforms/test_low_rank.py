@@ -151,7 +151,7 @@ class TestGoLore:
     # One direction holds all of the gradient.
     gradient = jnp.zeros((2, 32, 40)).at[:, 5].set(_normal((2, 40), 0))
     transform = transforms.scale_by_golore(
-      RANK, random_after=1, basis=transforms.svd(), refresh_every=1
+      RANK, random_after=1, basis=transforms.svd(), refresh_every=1, moments='keep'
     )
     runs = [np.asarray(state.left['w']) for _, state in _run(transform, [gradient] * 3)]
     np.testing.assert_allclose(np.linalg.norm(runs[0][:, 5], axis=-1), 1, atol=1e-5)
