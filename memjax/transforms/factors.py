@@ -49,10 +49,14 @@ def reduce(function, tree, factors: Factors) -> Factors:
   )
 
 
-def average(squares, factors: Factors, decay) -> Factors:
-  """Moves the factors towards the means of `squares`, f32 of the leaves' shapes."""
+def average(squares, factors: Factors, decay, eps: float) -> Factors:
+  """Moves the factors towards the means of `squares + eps`, f32 of the leaves' shapes.
+
+  `eps` joins the means, not the squares: these are then read where they are summed and need not
+  exist as arrays.
+  """
   means = reduce(jnp.mean, squares, factors)
-  return jax.tree.map(lambda old, mean: decay * old + (1 - decay) * mean, factors, means)
+  return jax.tree.map(lambda old, mean: decay * old + (1 - decay) * (mean + eps), factors, means)
 
 
 def combine(function, like, factors: Factors):
