@@ -130,7 +130,7 @@ def changes_of(config: ConfigDict, devices: int) -> list[tuple[dict, str, bool]]
   first; `devices` is how many the mesh has.
   """
   ways = []
-  layerwise = config.step == 'layerwise'
+  layerwise = config.step != 'whole_tree'
   if config.remat != 'full' and not layerwise:
     ways.append(({'remat': 'full'}, 'every block runs twice', True))
   most = config.batch_size // (devices // max(config.mesh.tensor, 1))

@@ -108,7 +108,7 @@ def _of_config(fields, devices):
 
 def gradients(config: ConfigDict, state) -> int:
   """Returns bytes per device of the gradients that a config's step forms at once."""
-  layerwise = config.step == 'layerwise'
+  layerwise = config.step != 'whole_tree'
   return memory.gradient_bytes(state, accumulate=config.accumulate, layerwise=layerwise)
 
 

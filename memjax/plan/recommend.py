@@ -109,18 +109,22 @@ def with_fields(config: ConfigDict, fields: dict) -> ConfigDict:
 
 
 def with_method(config: ConfigDict, name: str) -> ConfigDict:
-  """Returns a copy of a config with another optimizer; what depends on the model is filled in.
+  """Returns a copy of a config with another optimizer; what depends on the run is filled in.
 
   Raises:
     ValueError: for a method that needs an argument which neither has a default nor follows from the
-      model.
+      run.
   """
   if config.optimizer.name == name:
     return config
   model = models.create(config.model, **config.model_args.to_dict())
   known = optimizers.arguments(name)
-  from_model = {'rank': max(1, model.hidden // 4), 'head_dim': model.head_dim}
-  arguments = {k: v for k, v in from_model.items() if k in known}
+  fitting = {  # As published: a quarter of the width, four fifths of the run.
+    'rank': max(1, model.hidden // 4),
+    'head_dim': model.head_dim,
+    'random_after': max(1, config.steps * 4 // 5),
+  }
+  arguments = {k: v for k, v in fitting.items() if k in known}
   changed = config.copy_and_resolve_references().unlock()
   changed.optimizer = config_lib.optimizer(
     name, learning_rate=config.optimizer.learning_rate, **arguments

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from memjax import build, config, optimizers, sharding
-from memjax.plan import compiler, here, memory, recommend, search, work
+from memjax.plan import compiler, here, memory, planning, recommend, search, work
 from memjax.plan.receipt import receipt
 
 
@@ -159,6 +159,17 @@ def test_when_nothing_compiles_the_first_sentence_is_the_error(fake, three_metho
   fake.peak = lambda fields: 'v5e:2x2: a mesh that does not match'
   with pytest.raises(ValueError, match='a mesh that does not match'):
     recommend.recommend(tiny(), 'v5e:2x2', compiles=2)
+
+
+def test_a_target_that_fails_takes_no_other_along(monkeypatch):
+  failed = {'target': 'v5', 'fits': None, 'error': 'no target v5', 'kind': 'target'}
+  sound = fake_report({'target': 'v5e:2x2'}, 500)
+  monkeypatch.setattr(compiler, 'compile_jobs', lambda jobs, **_: [failed, sound, failed])
+  found, errors = planning.try_plan(config.default(), ['v5', 'v5e:2x2', 'v5'])
+  assert [one['target'] for one in found] == ['v5e:2x2']
+  assert errors == ['no target v5']
+  with pytest.raises(ValueError, match=r'^no target v5$'):
+    planning.plan(config.default(), ['v5', 'v5e:2x2', 'v5'])
 
 
 # ---- Work.
