@@ -1,0 +1,249 @@
+"""Low-bit optimizers beside the official PyTorch ones, on the same gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from memjax import compat
+from memjax.compat import bitsandbytes as ours_bnb
+from memjax.compat import flat_blocks
+from memjax.compat import torchao as ours_ao
+
+pytestmark = pytest.mark.parity
+
+STEPS = 24
+SHAPES = {
+  'wide': (64, 80),
+  'tall': (96, 64),
+  'square': (72, 72),
+  'ragged': (67, 71),
+  'small': (9, 7),
+}
+
+
+@pytest.fixture
+def torch():
+  return pytest.importorskip('torch')
+
+
+@pytest.fixture
+def bnb(torch, monkeypatch):
+  """bitsandbytes, rounding by its PyTorch reference: its CPU kernel's look-up table does not."""
+  bnb = pytest.importorskip('bitsandbytes')
+  from bitsandbytes.backends.cpu import ops
+
+  def quantise(x, table, scales, codes, block):
+    flat = x.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
+    scales.copy_(padded.abs().amax(-1))
+    scaled = torch.clamp(padded * (1.0 / scales.clamp(min=1e-38))[:, None], -1, 1)
+    found = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).reshape(-1)[: len(flat)]
+    codes.copy_(found.to(torch.uint8).reshape(codes.shape))
+
+  monkeypatch.setattr(ops, '_quant_blockwise_fp32_direct', quantise)
+  return bnb
+
+
+def gradients(shape):
+  rng = np.random.default_rng(0)
+  for _ in range(STEPS):
+    yield (rng.standard_normal(shape) * 10.0 ** rng.uniform(-1, 0, shape)).astype(np.float32)
+
+
+def first(shape):
+  return (0.02 * np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
+
+
+def run_ours(optimizer, shape, made=gradients, adopt=None):
+  """Yields the weights [out, in] after each update of a kernel [in, out].
+
+  With `adopt` each update starts from what it returns, the official weight and state: a number
+  within f32 rounding of a midpoint ties either way, and would go its own way from then on.
+  """
+  params = {'kernel': jnp.asarray(first(shape).T)}
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  for gradient in made(shape):
+    updates, state = update({'kernel': jnp.asarray(gradient.T)}, state, params)
+    params = optax.apply_updates(params, updates)
+    yield np.asarray(params['kernel'].T), state
+    if adopt is not None:
+      params, state = adopt(state)
+
+
+def drifting(shape):
+  """Gradients whose singular values are far apart, so that no basis is degenerate."""
+  rng = np.random.default_rng(0)
+  rank = min(shape)
+  left = np.linalg.qr(rng.standard_normal((shape[0], rank)))[0]
+  right = np.linalg.qr(rng.standard_normal((shape[1], rank)))[0]
+  for _ in range(STEPS):
+    left = np.linalg.qr(left + 0.1 * rng.standard_normal(left.shape))[0]
+    right = np.linalg.qr(right + 0.1 * rng.standard_normal(right.shape))[0]
+    yield ((left * 0.7 ** np.arange(rank)) @ right.T).astype(np.float32)
+
+
+def run_theirs(torch, make, shape, made=gradients):
+  weight = torch.nn.Parameter(torch.tensor(first(shape)))
+  optimizer = make(weight)
+  for gradient in made(shape):
+    weight.grad = torch.tensor(gradient)
+    optimizer.step()
+    yield weight.detach().numpy().copy(), optimizer.state[weight]
+
+
+@pytest.mark.parametrize('signed', [True, False])
+def test_maps_are_the_packages(torch, signed):
+  functional = pytest.importorskip('bitsandbytes').functional
+  from torchao.optim.quant_utils import create_dynamic_map
+
+  np.testing.assert_array_equal(
+    flat_blocks.dynamic_map(signed), functional.create_dynamic_map(signed).numpy()
+  )
+  four = np.asarray(create_dynamic_map(True, 3, 4), np.float32)
+  np.testing.assert_array_equal(flat_blocks.dynamic_map(True, 3), four)
+
+
+@pytest.mark.parametrize('signed', [True, False])
+def test_codes_are_bitsandbytes(torch, signed):
+  functional = pytest.importorskip('bitsandbytes').functional
+  table = functional.create_dynamic_map(signed)
+  x = next(gradients((20_011,))) * (1 if signed else 0) + abs(next(gradients((20_011,)))) * (
+    not signed
+  )
+  x[256:512] = 0
+  middles = (table[:-1] + table[1:]) / 2
+  found = ours_bnb.quantise(jnp.asarray(x), table.numpy())
+  blocks = np.split(x, range(256, len(x), 256))
+  for i, block in enumerate(blocks):
+    scale = np.abs(block).max()
+    scaled = torch.clamp(torch.tensor(block) * (1.0 / torch.tensor(scale).clamp(min=1e-38)), -1, 1)
+    expected = torch.bucketize(scaled, middles).numpy()
+    np.testing.assert_array_equal(np.asarray(found.codes)[256 * i :][:256], expected)
+    assert found.scales[i] == scale
+
+
+@pytest.mark.parametrize('weight_decay', [0.0, 0.1])
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_adamw8bit_follows_bitsandbytes(torch, bnb, shape, weight_decay):
+  weight = torch.nn.Parameter(torch.tensor(first(shape)))
+  official = bnb.optim.AdamW8bit([weight], lr=0.01, weight_decay=weight_decay)
+  ours = compat.adamw8bit(lr=0.01, weight_decay=weight_decay, backend='cpu')
+
+  def moment(i):
+    state = official.state[weight]
+    if f'absmax{i}' not in state:
+      return {'kernel': jnp.asarray(state[f'state{i}'].numpy().copy().T)}
+    codes, scales = state[f'state{i}'], state[f'absmax{i}']
+    return {'kernel': flat_blocks.Flat(_array(codes).reshape(-1), _array(scales))}
+
+  def adopt(state):
+    return {'kernel': _array(weight).T}, state._replace(state1=moment(1), state2=moment(2))
+
+  for gradient, (mine, state) in zip(gradients(shape), run_ours(ours, shape, adopt=adopt)):
+    weight.grad = torch.tensor(gradient)
+    official.step()
+    np.testing.assert_allclose(mine, _array(weight), rtol=1e-6, atol=1e-6)
+    _check((state.state1, moment(1)), (state.state2, moment(2)))
+
+
+OFFICIAL_AO = {8: 'AdamW8bit', 4: 'AdamW4bit', 'fp8': 'AdamWFp8'}
+
+
+@pytest.mark.parametrize('bits', OFFICIAL_AO)
+@pytest.mark.parametrize('shape', [(64, 80), (96, 64), (72, 128), (67, 71)], ids=str)
+def test_adamw8bit_ao_follows_torchao(torch, shape, bits):
+  optim = pytest.importorskip('torchao.optim')
+  from torchao.optim.adam import single_param_adam
+
+  ours = compat.adamw8bit_ao(lr=0.01, weight_decay=0.1, bits=bits)
+  weight = torch.tensor(first(shape))
+  official = getattr(optim, OFFICIAL_AO[bits])([torch.nn.Parameter(weight)])
+  moments = [official._new_buffer(weight, signed) for signed in (True, False)]
+
+  def moment(i):
+    if not hasattr(moments[i], 'codes'):
+      return {'kernel': _array(moments[i]).T}
+    codes = _array(moments[i].codes.view(torch.uint8)).reshape(-1)
+    codes = codes.view(jnp.float8_e4m3fn) if bits == 'fp8' else codes
+    return {'kernel': flat_blocks.Flat(codes, _array(moments[i].scale))}
+
+  def adopt(state):
+    return {'kernel': _array(weight).T}, state._replace(exp_avg=moment(0), exp_avg_sq=moment(1))
+
+  runs = zip(gradients(shape), run_ours(ours, shape, adopt=adopt))
+  for step, (gradient, (mine, state)) in enumerate(runs, 1):
+    # What `step` runs, without the compiler.
+    single_param_adam(
+      weight, torch.tensor(gradient), torch.tensor(float(step)), *moments, None,
+      torch.tensor(0.01), 0.9, 0.999, 0.1, 1e-8, True, False,
+    )  # fmt: skip
+    np.testing.assert_allclose(mine, _array(weight), rtol=1e-6, atol=1e-6)
+    _check((state.exp_avg, moment(0)), (state.exp_avg_sq, moment(1)))
+
+
+def test_codes_are_torchao(torch):
+  from torchao.optim.quant_utils import (
+    quantize_4bit_with_qmap,
+    quantize_8bit_with_qmap,
+    scale_tensor,
+  )
+
+  x = next(gradients((64 * 256,)))
+  for bits, quantise in ((8, quantize_8bit_with_qmap), (4, quantize_4bit_with_qmap)):
+    table = flat_blocks.dynamic_map(True, 7 if bits == 8 else 3)
+    scaled, scales = scale_tensor(torch.tensor(x), 128)
+    codes = quantise(scaled, torch.tensor(table)).numpy()
+    found = ours_ao.quantise(jnp.asarray(x), table, 128)
+    expected = codes if bits == 8 else codes[::2] << 4 | codes[1::2]
+    np.testing.assert_array_equal(found.codes, expected)
+    np.testing.assert_array_equal(found.scales, scales.numpy())
+
+
+@pytest.mark.parametrize('proj_type', ['std', 'reverse_std'])
+@pytest.mark.parametrize('shape', [(64, 160), (160, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize('min_8bit_size', [4096, 256])
+def test_galore_adamw8bit_follows_the_official_one(
+  torch, bnb, monkeypatch, shape, proj_type, min_8bit_size
+):
+  from bitsandbytes.optim.optimizer import Optimizer2State
+  from galore_torch.adamw8bit import AdamW8bit
+
+  class Official(AdamW8bit):
+    """With the constructor that bitsandbytes 0.50 has: two arguments fewer."""
+
+    def __init__(self, groups, lr, weight_decay):
+      Optimizer2State.__init__(
+        self, 'adam', groups, lr, (0.9, 0.999), 1e-8, weight_decay, 8, None, min_8bit_size
+      )
+
+  monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+  group = {'rank': 16, 'update_proj_gap': 100, 'scale': 0.25, 'proj_type': proj_type}
+  ours = compat.galore_adamw8bit(
+    lr=0.01, weight_decay=0.1, min_8bit_size=min_8bit_size, targets='kernel', backend='cpu', **group
+  )
+  make = lambda weight: Official([{'params': [weight], **group}], 0.01, 0.1)
+  # The sign of a singular vector changes nothing within one basis.
+  runs = zip(run_ours(ours, shape, drifting), run_theirs(torch, make, shape, drifting))
+  for (mine, _), (weight, _) in runs:
+    moved, expected = mine - first(shape), weight - first(shape)
+    if min_8bit_size > 2560:
+      np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-6)
+    # A code that ties the other way moves a number of the subspace by a step of its code.
+    assert np.linalg.norm(moved - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def _array(tensor):
+  return jnp.asarray(tensor.detach().numpy().copy())
+
+
+def _check(*pairs):
+  """Codes are the official ones but where f32 rounding meets a midpoint: neighbours, and rare."""
+  for mine, official in pairs:
+    mine, official = mine['kernel'], official['kernel']
+    if not isinstance(mine, flat_blocks.Flat):
+      np.testing.assert_allclose(mine, official, rtol=1e-5, atol=1e-9)
+      continue
+    np.testing.assert_allclose(mine.scales, official.scales, rtol=1e-6)
+    assert np.mean(np.asarray(mine.codes) != np.asarray(official.codes)) < 1e-3
