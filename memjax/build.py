@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from memjax import config as config_lib
 from memjax import models, optimizers, schedules, sharding, weights
-from memjax.steps import layerwise, whole_tree
+from memjax.steps import groups, layerwise, offload, rotations, slices, whole_tree
 
 
 class Parts(NamedTuple):
@@ -46,10 +46,14 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     init_params = functools.partial(model.init, store=weights.quantise)
   params = weights.dense(jax.eval_shape(init_params, jax.random.key(0)))
   dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
-  transform = build_transform(config, schedule, sharding.layout(params, dense_shardings))
+  layout = sharding.layout(params, dense_shardings)
+  optimizer = lambda schedule: build_transform(config, schedule, layout)
+  transform, rotation = optimizer(schedule), build_rotation(config, model.layers)
 
   def init(key):
-    return whole_tree.init_state(init_params, transform, key)
+    if rotation is None:
+      return whole_tree.init_state(init_params, transform, key)
+    return groups.init_state(init_params, optimizer, rotation, key)
 
   state = jax.eval_shape(init, jax.random.key(0))
   shardings = {
@@ -57,6 +61,11 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     'params': sharding.weight_shardings(state['params'], dense_shardings),
     'opt': sharding.state_shardings(state['opt'], params, dense_shardings),
   }
+  # What is kept for a group's next turn waits for it in the host's memory.
+  fraction = 1.0 if rotation is not None and rotation.keep else config.offload_state
+  if fraction:
+    slots = slices.plan(optax.with_extra_args_support(transform), params)
+    shardings['opt'] = offload.place(state['opt'], shardings['opt'], slots, fraction)
   state = _place(state, shardings)
   options = dict(
     accumulate=config.accumulate,
@@ -64,11 +73,16 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     clip_by=config.clip_by,
     rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
   )
-  if config.step == 'layerwise':
-    gradients = shardings | {'params': dense_shardings}
+  gradients = shardings | {'params': dense_shardings}
+  if config.step == 'whole_tree':
+    train_step = whole_tree.make_train_step(model.loss, transform, **options)
+  elif rotation is None:
     train_step = layerwise.make_train_step(model, transform, shardings=gradients, **options)
   else:
-    train_step = whole_tree.make_train_step(model.loss, transform, **options)
+    train_step = groups.make_train_step(
+      model, optimizer, rotation, schedule, shardings=gradients, **options
+    )
+    schedule = rotation.learning_rate(schedule)
   return Parts(
     model=model,
     schedule=schedule,
@@ -104,6 +118,18 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
     warmup_steps=int(config.schedule.warmup_ratio * config.steps),
     final_ratio=config.schedule.final_ratio,
   )
+
+
+def build_rotation(config: ConfigDict, layers: int) -> rotations.Rotation | None:
+  """Returns who trains when, for the steps in which groups of layers take turns."""
+  if config.step not in rotations.ROTATIONS:
+    return None
+  factory = rotations.ROTATIONS[config.step]
+  taken = inspect.signature(factory).parameters
+  chosen = {k: v for k, v in config.groups.to_dict().items() if v}
+  if foreign := [k for k in chosen if k not in taken]:
+    raise ValueError(f'config.groups.{foreign[0]} means nothing to {config.step!r}; leave it out')
+  return factory(layers, key=root_key(config, 'groups'), **chosen)
 
 
 def build_transform(config: ConfigDict, learning_rate, layout=None) -> optax.GradientTransformation:

@@ -26,8 +26,9 @@ from ml_collections import ConfigDict
 
 from memjax import optimizers, schedules
 from memjax.naming import nearest
+from memjax.steps import rotations
 
-STEPS = ('whole_tree', 'layerwise')  # Modules of memjax.steps.
+STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS)
 CLIPS = ('global', 'layer')
 WEIGHTS = ('dense', 'int8')
 
@@ -59,7 +60,13 @@ def default() -> ConfigDict:
   c.remat = 'none'  # What the backward pass recomputes: none, full, dots, ...
   c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
 
-  c.step = 'whole_tree'  # Or 'layerwise': one layer's gradient at a time, rematerialised in full.
+  # Or 'layerwise': one layer's gradient at a time, rematerialised in full; or 'hift', 'badam' or
+  # 'lisa', where groups of layers take turns.
+  c.step = 'whole_tree'
+  # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
+  # what the method's authors chose.
+  c.groups = ConfigDict(dict(size=0, every=0, order=''))
+  c.offload_state = 0.0  # Fraction of the optimizer state in host memory, streamed layer by layer.
   c.steps = 1000  # Updates.
   c.batch_size = 8  # Sequences an update, all micro-batches together.
   c.accumulate = 1  # Micro-batches an update.
@@ -241,7 +248,14 @@ def _check_step(c: ConfigDict) -> None:
       "config.weights='int8' loses every update under half a step of 8 bits when it is rounded to "
       'nearest, which is most of them; set config.stochastic_rounding=True'
     )
-  if c.step == 'layerwise' and c.remat not in ('none', 'full'):
+  if not 0 <= c.offload_state <= 1:
+    raise ValueError(f'config.offload_state is {c.offload_state}; it is a fraction, in [0, 1]')
+  if c.offload_state and c.step == 'whole_tree':
+    raise ValueError(
+      f'config.offload_state is {c.offload_state}, but the ordinary step needs the whole state at '
+      "once; set config.step='layerwise'"
+    )
+  if c.step != 'whole_tree' and c.remat not in ('none', 'full'):
     raise ValueError(
       f'config.remat is {c.remat!r}, but the layer-by-layer step keeps the input of a layer and '
       "nothing else, as 'full' does; set config.remat='full', or config.step='whole_tree'"

@@ -70,17 +70,7 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
   def body(step, state):
     cotangent, carry = state
     index = layers - 1 - step
-
-    def differentiate(cotangent):
-      layer = weights.dense(slices.take(carry['params'][STACK], index))
-      x = lax.dynamic_index_in_dim(inputs, index, keepdims=False)
-      return layer_grads(task, layer, x, cotangent)
-
-    # A loop of one trip, which the compiler does not see through: all that reads the weights comes
-    # before what overwrites them. Without it XLA's CPU backend copies whole stacks.
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, cotangent)[0])
-    made = lax.fori_loop(step, step + 1, lambda _, made: differentiate(made[1]), (zeros, cotangent))
-    grads, cotangent = made
+    grads, cotangent = layer_grads(task, carry['params'], inputs, cotangent, index)
     return cotangent, use(carry, {STACK: grads}, index)
 
   cotangent, carry = lax.fori_loop(0, layers, body, (cotangent, carry))
@@ -107,9 +97,27 @@ def head_grads(task, params, last):
   return loss, grads, cotangent
 
 
-def layer_grads(task, layer, x, cotangent):
+def layer_grads(task, params, inputs, cotangent, index):
   """Gradients `[1, ...]` of one layer's parameters, and cotangents of its input."""
 
+  def differentiate(cotangent):
+    layer, x = take_layer(params, inputs, index)
+    return _layer(task, layer, x, cotangent)
+
+  # A loop of one trip, which the compiler does not see through: all that reads the weights comes
+  # before what overwrites them. Without it XLA's CPU backend copies whole stacks.
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, cotangent)[0])
+  made = lambda _, made: differentiate(made[1])
+  return lax.fori_loop(index, index + 1, made, (zeros, cotangent))
+
+
+def take_layer(params, inputs, index):
+  """One layer's parameters `[1, ...]`, as arrays, and its input."""
+  layer = weights.dense(slices.take(params[STACK], index))
+  return layer, lax.dynamic_index_in_dim(inputs, index, keepdims=False)
+
+
+def _layer(task, layer, x, cotangent):
   def block(layer, x):
     return task.model.block(jax.tree.map(lambda leaf: leaf[0], layer), x)
 

@@ -157,16 +157,14 @@ def backward(task: passes.Task, active, last, inputs, carry: dict, use: Callable
 
   cotangent, carry = lax.optimization_barrier((cotangent, once(-1, head, carry)))
 
-  def take(carry, index):
-    layer = weights.dense(slices.take(carry['params'][STACK], index))
-    return layer, lax.dynamic_index_in_dim(inputs, index, keepdims=False)
-
   def descend(cotangent, index, carry):
     """Past the layers that do not train, to one that does or below the last."""
 
     def skip(state):
       cotangent, index = state
-      return _input_cotangent(task, *take(carry, index), cotangent), index - 1
+      return _input_cotangent(
+        task, *passes.take_layer(carry['params'], inputs, index), cotangent
+      ), index - 1
 
     idle = lambda state: (state[1] >= 0) & ~active[state[1] + 1]
     return lax.while_loop(idle, skip, (cotangent, index))
@@ -174,8 +172,8 @@ def backward(task: passes.Task, active, last, inputs, carry: dict, use: Callable
   def train(turn, state):
     cotangent, index, carry = state
     cotangent, index = descend(cotangent, index, carry)
-    grads, cotangent = passes.layer_grads(task, *take(carry, index), cotangent)
-    return cotangent, index - 1, use(carry, task.lay_out({STACK: grads}), index, turn)
+    grads, cotangent = passes.layer_grads(task, carry['params'], inputs, cotangent, index)
+    return cotangent, index - 1, use(carry, {STACK: grads}, index, turn)
 
   state = (cotangent, jnp.int32(layers - 1), carry)
   cotangent, index, carry = lax.fori_loop(0, jnp.sum(active[1:-1]), train, state)

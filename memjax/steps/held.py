@@ -16,7 +16,6 @@ from jax import lax
 
 from memjax.steps import offload, slices
 from memjax.steps.backward import EMBED
-from memjax.steps.slices import STACK
 
 
 class Unit(NamedTuple):
@@ -52,13 +51,13 @@ def together(slots: list[slices.Slot], where: list) -> Holder:
     del fresh
 
     def see(slot, x, place):
-      return x if is_shared(slot) else _take_own(slot, x, place, unit)
+      return x if slot.shared else _take_own(slot, x, place, unit)
 
     return [see(*each) for each in zip(slots, leaves, where, strict=True)]
 
   def put(leaves, new, unit):
     def replace(slot, old, new, place):
-      if is_shared(slot):
+      if slot.shared:
         # Every unit starts from the old one, so that it moves with the last.
         return new if EMBED in unit.names else old
       return _put_own(slot, old, new, place, unit)
@@ -81,7 +80,7 @@ def apart(slots: list[slices.Slot], where: list, size: int, renew=None) -> Holde
 
   def take(leaves, unit, fresh):
     def see(slot, x, place, new):
-      if is_shared(slot):
+      if slot.shared:
         x = lax.dynamic_index_in_dim(x, _row(unit, size), keepdims=False)
       elif x is None:
         return new
@@ -93,7 +92,7 @@ def apart(slots: list[slices.Slot], where: list, size: int, renew=None) -> Holde
 
   def put(leaves, new, unit):
     def replace(slot, old, new, place):
-      if is_shared(slot):
+      if slot.shared:
         return lax.dynamic_update_index_in_dim(old, new, _row(unit, size), 0)
       return old if old is None else _put_own(slot, old, new, place, unit)
 
@@ -108,16 +107,11 @@ def init_apart(slots: list[slices.Slot], leaves: list, size: int, ends: bool) ->
   """
 
   def hold(slot, x):
-    if is_shared(slot):
+    if slot.shared:
       return jnp.broadcast_to(x, (size + 2, *x.shape))
     return x if slot.layered or ends else None
 
   return [hold(*each) for each in zip(slots, leaves, strict=True)]
-
-
-def is_shared(slot: slices.Slot) -> bool:
-  """Whether a leaf belongs to no unit in particular."""
-  return not slot.layered and (slot.owner is None or slot.owner.split('/')[0] == STACK)
 
 
 def _take_own(slot, x, place, unit):

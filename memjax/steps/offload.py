@@ -27,7 +27,7 @@ def store(x: jax.Array, sharding) -> jax.Array:
   return jax.device_put(x, sharding) if on_host(sharding) else x
 
 
-def place(state: Any, shardings: Any, fraction: float) -> Any:
+def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
   """Returns the shardings with the largest leaves of the state moved to the host's memory.
 
   What is moved is cut across every layer, not by layers: in each of them a part of the update waits
@@ -36,24 +36,25 @@ def place(state: Any, shardings: Any, fraction: float) -> Any:
   Args:
     state: Optimizer state as arrays or shapes.
     shardings: Its `NamedSharding`s.
-    fraction: Of the bytes, in [0, 1]; as many leaves are moved as it has room for, and no scalar.
+    slots: What its leaves belong to, see `slices.plan`; counts and the like stay.
+    fraction: Of the bytes, in [0, 1]; as many leaves are moved as it has room for.
 
   References:
     Maurya et al., `Deep Optimizer States: Towards Scalable Training of Transformer Models Using
     Interleaved Offloading <https://arxiv.org/abs/2410.21316>`_, 2024 (interleaves whole subgroups
     of parameters, some of which the host itself updates)
-
-  >>> here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  >>> state = {name: jax.ShapeDtypeStruct((n,), 'float32') for name, n in dict(a=3, b=5).items()}
-  >>> {name: s.memory_kind for name, s in place(state, {'a': here, 'b': here}, 0.7).items()}
-  {'a': 'device', 'b': 'pinned_host'}
   """
-  leaves, treedef = jax.tree.flatten(state)
-  placed = treedef.flatten_up_to(shardings)
-  size = lambda i: math.prod(leaves[i].shape) * leaves[i].dtype.itemsize
-  room = fraction * sum(map(size, range(len(leaves))))
-  for i in sorted(range(len(leaves)), key=size, reverse=True):
-    if leaves[i].ndim and size(i) <= room:
-      room -= size(i)
+  is_leaf = lambda x: x is None  # State that is not kept.
+  leaves, treedef = jax.tree.flatten(state, is_leaf=is_leaf)
+  placed = jax.tree.leaves(shardings, is_leaf=is_leaf)
+  sizes = {
+    i: math.prod(x.shape) * x.dtype.itemsize
+    for i, (x, slot) in enumerate(zip(leaves, slots, strict=True))
+    if x is not None and not slot.shared
+  }
+  room = fraction * sum(sizes.values())
+  for i in sorted(sizes, key=sizes.get, reverse=True):
+    if sizes[i] <= room:
+      room -= sizes[i]
       placed[i] = placed[i].with_memory_kind(HOST)
   return treedef.unflatten(placed)

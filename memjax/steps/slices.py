@@ -25,6 +25,11 @@ class Slot(NamedTuple):
   owner: str | None  # Path of the parameter whose path ends the leaf's own; None for counts.
   layered: bool  # Whether it is `[L, ...]` and each layer has its own part.
 
+  @property
+  def shared(self) -> bool:
+    """Whether it belongs to no layer, and not to the embedding or the head either."""
+    return not self.layered and (self.owner is None or _in_stack(self.owner))
+
 
 def plan(transform: optax.GradientTransformationExtraArgs, params: Any) -> list[Slot]:
   """Returns one `Slot` a leaf of `transform.init(params)`, after checking that layers can be

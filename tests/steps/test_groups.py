@@ -1,6 +1,7 @@
-"""Steps in which parts of the parameters take turns, against optimizers run on those parts alone."""
+"""Steps in which parts of the parameters take turns, against optimizers run on them alone."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def test_units_train_as_alone_in_their_turn(name):
   steps = 2 * 5
   states, _, step = run(rotation, steps)
   assert step._cache_size() == 1
-  for i, (before, after) in enumerate(zip(states, states[1:])):
+  for i, (before, after) in enumerate(itertools.pairwise(states)):
     changed = [
       not jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), *pair))
       for pair in zip(units(before['params']), units(after['params']))
