@@ -16,50 +16,48 @@ that `import memjax` loads JAX and optax and nothing heavier.
 
 import importlib
 
-from memjax.transforms import (
-  adafactor,
-  adalomo,
-  adam_mini,
-  apollo,
-  apollo_mini,
-  apply_updates,
-  came,
-  default_targets,
-  fira,
-  galore,
-  galore_adafactor,
-  golore,
-  lazy,
-  limit_norm_growth,
-  muon,
-  packed,
-  project,
-  project_gradient,
-  q_galore,
-  quantize_state,
-  random_projection,
-  refresh_subspace,
-  relative_step,
-  round_state,
-  scale_by_adafactor,
-  scale_by_adalomo,
-  scale_by_adam_mini,
-  scale_by_apollo,
-  scale_by_apollo_mini,
-  scale_by_came,
-  scale_by_fira,
-  scale_by_galore,
-  scale_by_golore,
-  scale_by_muon,
-  scale_by_parameter_rms,
-  scale_by_q_galore,
-  scale_by_sm3,
-  sm3,
-  subspace_iteration,
-  svd,
-  transformer_blocks,
-)
-from memjax.version import __version__
+from memjax.transforms import adafactor as adafactor
+from memjax.transforms import adalomo as adalomo
+from memjax.transforms import adam_mini as adam_mini
+from memjax.transforms import apollo as apollo
+from memjax.transforms import apollo_mini as apollo_mini
+from memjax.transforms import apply_updates as apply_updates
+from memjax.transforms import came as came
+from memjax.transforms import default_targets as default_targets
+from memjax.transforms import fira as fira
+from memjax.transforms import galore as galore
+from memjax.transforms import galore_adafactor as galore_adafactor
+from memjax.transforms import golore as golore
+from memjax.transforms import lazy as lazy
+from memjax.transforms import limit_norm_growth as limit_norm_growth
+from memjax.transforms import muon as muon
+from memjax.transforms import packed as packed
+from memjax.transforms import project as project
+from memjax.transforms import project_gradient as project_gradient
+from memjax.transforms import q_galore as q_galore
+from memjax.transforms import quantize_state as quantize_state
+from memjax.transforms import random_projection as random_projection
+from memjax.transforms import refresh_subspace as refresh_subspace
+from memjax.transforms import relative_step as relative_step
+from memjax.transforms import round_state as round_state
+from memjax.transforms import scale_by_adafactor as scale_by_adafactor
+from memjax.transforms import scale_by_adalomo as scale_by_adalomo
+from memjax.transforms import scale_by_adam_mini as scale_by_adam_mini
+from memjax.transforms import scale_by_apollo as scale_by_apollo
+from memjax.transforms import scale_by_apollo_mini as scale_by_apollo_mini
+from memjax.transforms import scale_by_came as scale_by_came
+from memjax.transforms import scale_by_fira as scale_by_fira
+from memjax.transforms import scale_by_galore as scale_by_galore
+from memjax.transforms import scale_by_golore as scale_by_golore
+from memjax.transforms import scale_by_muon as scale_by_muon
+from memjax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
+from memjax.transforms import scale_by_q_galore as scale_by_q_galore
+from memjax.transforms import scale_by_sm3 as scale_by_sm3
+from memjax.transforms import sm3 as sm3
+from memjax.transforms import subspace_iteration as subspace_iteration
+from memjax.transforms import svd as svd
+from memjax.transforms import transformer_blocks as transformer_blocks
+from memjax.version import __version__ as __version__
 
 _SUBMODULES = (
   'build',
@@ -79,59 +77,16 @@ _SUBMODULES = (
   'transforms',
   'weights',
 )
-
-__all__ = [
-  '__version__',
-  'adafactor',
-  'adalomo',
-  'adam_mini',
-  'apollo',
-  'apollo_mini',
-  'apply_updates',
-  'came',
-  'default_targets',
-  'fira',
-  'galore',
-  'galore_adafactor',
-  'golore',
-  'lazy',
-  'limit_norm_growth',
-  'muon',
-  'packed',
-  'project',
-  'project_gradient',
-  'q_galore',
-  'quantize_state',
-  'random_projection',
-  'refresh_subspace',
-  'relative_step',
-  'round_state',
-  'scale_by_adafactor',
-  'scale_by_adalomo',
-  'scale_by_adam_mini',
-  'scale_by_apollo',
-  'scale_by_apollo_mini',
-  'scale_by_came',
-  'scale_by_fira',
-  'scale_by_galore',
-  'scale_by_golore',
-  'scale_by_muon',
-  'scale_by_parameter_rms',
-  'scale_by_q_galore',
-  'scale_by_sm3',
-  'sm3',
-  'subspace_iteration',
-  'svd',
-  'transformer_blocks',
-  *_SUBMODULES,
-]
+_FUNCTIONS = {'plan_step': 'plan'}  # Name -> submodule that holds it.
 
 
 def __getattr__(name):
   if name in _SUBMODULES:
     return importlib.import_module(f'memjax.{name}')
+  if name in _FUNCTIONS:
+    return getattr(importlib.import_module(f'memjax.{_FUNCTIONS[name]}'), name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-  return sorted(__all__)
+  return sorted({*globals(), *_SUBMODULES, *_FUNCTIONS})

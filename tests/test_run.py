@@ -272,7 +272,7 @@ def test_tensorboard_shows_each_step_once_after_every_accident(ordeal, name):
 @pytest.mark.parametrize(
   ('spec', 'flags', 'sentence'),
   [
-    (launch.SMOKE, ['--config.stepz=3'], "no field 'stepz'; the nearest is 'steps'"),
+    (launch.SMOKE, ['--config.setps=3'], "no field 'setps'; the nearest is 'steps'"),
     (launch.SMOKE, ['--config.mesh.dat=2'], "no field 'mesh.dat'; the nearest is 'data'"),
     (launch.SMOKE, ['--config.steps=abc'], '--config.steps=abc'),
     ('configs/quickstart.py:smok', [], "no argument 'smok'; the nearest is 'smoke'"),

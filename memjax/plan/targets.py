@@ -10,13 +10,14 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import re
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
+
+from memjax.plan import memory
 
 _FACTS = pathlib.Path(__file__).with_name('cards.json')
 _SLICE = re.compile(r'([a-z0-9]+):([1-9][0-9]*(?:x[1-9][0-9]*){1,2})')
@@ -146,9 +147,7 @@ def _topology(platform, name, **options):
 
 def _local() -> Target:
   devices = jax.devices()
-  limit = (devices[0].memory_stats() or {}).get('bytes_limit')
-  if limit is None and devices[0].platform == 'cpu':  # However many there are, they share it.
-    limit = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // jax.local_device_count()
+  limit = memory.limit_bytes(jax.local_devices()[0])
   return Target('local', 'local', devices[0].device_kind, len(devices), limit)
 
 
