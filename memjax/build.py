@@ -47,7 +47,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   params = weights.dense(jax.eval_shape(init_params, jax.random.key(0)))
   dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
   layout = sharding.layout(params, dense_shardings)
-  optimizer = lambda schedule: build_transform(config, schedule, layout)
+  optimizer = lambda schedule: build_transform(config, schedule, layout, model.head_dim)
   transform, rotation = optimizer(schedule), build_rotation(config, model.layers)
 
   def init(key):
@@ -132,7 +132,9 @@ def build_rotation(config: ConfigDict, layers: int) -> rotations.Rotation | None
   return factory(layers, key=root_key(config, 'groups'), **chosen)
 
 
-def build_transform(config: ConfigDict, learning_rate, layout=None) -> optax.GradientTransformation:
+def build_transform(
+  config: ConfigDict, learning_rate, layout=None, head_dim: int = 1
+) -> optax.GradientTransformation:
   """Returns the optimizer of a config.
 
   Arguments that only other optimizers take are not given to it.
@@ -141,12 +143,14 @@ def build_transform(config: ConfigDict, learning_rate, layout=None) -> optax.Gra
     config: Read for `optimizer`.
     learning_rate: A number or a schedule, in place of the config's peak.
     layout: See `memjax.sharding.layout`; given to the optimizers that take it.
+    head_dim: Width of the model's attention heads; likewise.
   """
   name = config.optimizer.name
   arguments = {k: config.optimizer.get(k, v) for k, v in optimizers.arguments(name).items()}
   factory = optimizers.OPTIMIZERS[name]
-  if 'layout' in inspect.signature(factory).parameters:
-    arguments['layout'] = layout
+  given = {'layout': layout, 'head_dim': head_dim}  # By the model and the mesh, not by the config.
+  taken = inspect.signature(factory).parameters
+  arguments |= {k: v for k, v in given.items() if k in taken}
   return factory(**arguments | {'learning_rate': learning_rate})
 
 

@@ -18,7 +18,7 @@ def test_a_misspelt_field_is_refused_where_it_is_written_with_the_nearest():
 @pytest.mark.parametrize(
   ('change', 'sentence'),
   [
-    (lambda c: c.update(step=3), "config.step does not exist; the nearest is 'steps'"),
+    (lambda c: c.update(setps=3), "config.setps does not exist; the nearest is 'steps'"),
     (lambda c: c.mesh.update(fsbp=3), "config.mesh.fsbp does not exist; the nearest is 'fsdp'"),
     (lambda c: c.update(seed=1.5), 'config.seed takes a int, not 1.5'),
     (lambda c: c.update(steps=0), 'config.steps is 0; it counts at least one'),

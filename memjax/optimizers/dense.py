@@ -22,7 +22,7 @@ def adamw(learning_rate, scale=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
   return in_float32(steps)
 
 
-def adam_mini(learning_rate, head_dim=1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+def adam_mini(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, *, head_dim=1):
   """Adam-mini (Zhang et al., 2024); see `memjax.adam_mini`.
 
   `head_dim` is the width of the model's attention heads, which as published share a second moment
