@@ -104,11 +104,15 @@ def layer_grads(task, params, inputs, cotangent, index):
     layer, x = take_layer(params, inputs, index)
     return _layer(task, layer, x, cotangent)
 
-  # A loop of one trip, which the compiler does not see through: all that reads the weights comes
-  # before what overwrites them. Without it XLA's CPU backend copies whole stacks.
-  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, cotangent)[0])
-  made = lambda _, made: differentiate(made[1])
-  return lax.fori_loop(index, index + 1, made, (zeros, cotangent))
+  def in_a_loop(cotangent):
+    # Of one trip, which the compiler does not see through: all that reads the weights comes
+    # before what overwrites them. Else XLA's CPU backend copies whole stacks; a TPU needs no such
+    # help, and the loop would cost it another copy of a layer's gradient.
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, cotangent)[0])
+    trip = lambda _, made: differentiate(made[1])
+    return lax.fori_loop(index, index + 1, trip, (zeros, cotangent))
+
+  return lax.platform_dependent(cotangent, cpu=in_a_loop, default=differentiate)
 
 
 def take_layer(params, inputs, index):
