@@ -65,7 +65,7 @@ METHODS = {
     'https://arxiv.org/abs/2302.06675',
     '`m n`',
     'nothing',
-    'with large batches; a learning rate three to ten times lower than AdamW\'s',
+    "with large batches; a learning rate three to ten times lower than AdamW's",
     "optax's.",
   ),
   'muon': Method(
@@ -75,14 +75,14 @@ METHODS = {
     'five Newton-Schulz iterations on each matrix, `~ 15 a^2 c` multiplications; a sharded matrix is '
     'gathered along one side',
     'for pre-training in fewer tokens, where its products are affordable',
-    "`optax.contrib.muon` does not see the matrices of a stack `[L, m, n]`; here each is its own.",
+    '`optax.contrib.muon` does not see the matrices of a stack `[L, m, n]`; here each is its own.',
   ),
   'adam_mini': Method(
     'Adam-mini',
     'https://arxiv.org/abs/2406.16793',
     '`m n` + one number a block (head, neuron or token)',
     'means over blocks',
-    'for half of Adam\'s state at Adam\'s quality',
+    "for half of Adam's state at Adam's quality",
     'eps inside or outside the root, ignored `n_kv_heads`, partition by names of other models: '
     '`compat.adam_mini`.',
   ),
@@ -118,7 +118,7 @@ METHODS = {
     'https://arxiv.org/abs/1901.11150',
     '`m + n`; `m n` more with momentum',
     'row and column maxima',
-    'for sparse gradients such as embeddings\'',
+    "for sparse gradients such as embeddings'",
     "optax's always allocates a momentum of `m n`.",
   ),
   'galore': Method(
@@ -126,7 +126,7 @@ METHODS = {
     'https://arxiv.org/abs/2403.03507',
     '`r (a + 2 c)`',
     'two products `m n r` an update; a new basis every `refresh_every` updates',
-    'for pre-training at close to full-rank quality with a quarter of Adam\'s state',
+    "for pre-training at close to full-rank quality with a quarter of Adam's state",
     'refreshes every basis in the same update by an SVD of the gathered gradient; eps before the '
     'bias correction: `compat.galore_adamw`.',
     dict(rank=1024),
@@ -137,7 +137,7 @@ METHODS = {
     '`r a + r + c`',
     'as GaLore',
     'for the least state in a subspace',
-    'first moment in the full space, and a relative step that overrides the learning rate: '
+    'momentum of the update with its learning rate already in it, decay before the update: '
     '`compat.galore_adafactor`.',
     dict(rank=1024),
   ),
@@ -165,7 +165,7 @@ METHODS = {
     'https://arxiv.org/abs/2410.01623',
     '`r (a + 2 c) + 1`',
     'as GaLore, and one residual `m n`',
-    'for full-rank updates at GaLore\'s state',
+    "for full-rank updates at GaLore's state",
     'the residual subtracts the projection after its scale, so that it is not the complement: '
     '`compat.fira_adamw`.',
     dict(rank=1024),
@@ -184,8 +184,8 @@ METHODS = {
     'https://arxiv.org/abs/2412.05270',
     '`2 c + 1`',
     'a product with one vector',
-    'for gradient descent\'s memory and Adam\'s behaviour',
-    'as APOLLO; its published memory leaves out the embedding\'s and the head\'s moments.',
+    "for gradient descent's memory and Adam's behaviour",
+    "as APOLLO; its published memory leaves out the embedding's and the head's moments.",
   ),
   'adamw8bit': Method(
     'AdamW in 8 bits',
@@ -202,7 +202,7 @@ METHODS = {
     '`m n` bytes and a scale every 128',
     'as in 8 bits',
     'as AdamW with an eighth of its state',
-    "torchao uses plain blocks where the paper normalises the second moment by rank one.",
+    'torchao uses plain blocks where the paper normalises the second moment by rank one.',
   ),
   'lion8bit': Method(
     'Lion in 8 bits',
