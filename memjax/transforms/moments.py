@@ -57,18 +57,27 @@ def of_leaves(inner_state, params, plans) -> list[dict[int, str]]:
 
 
 def check(inner_state, projected, plans) -> None:
-  """Refuses state of a projected leaf's shape whose meaning is not known."""
-  known = {index for found in of_leaves(inner_state, projected, plans) for index in found}
+  """Refuses state of projected leaves that cannot be rotated: of unknown meaning, or not stored as
+  numbers in the shape of the projected gradient.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(projected)
   shapes = {path: leaf.shape for (path, leaf), plan in zip(leaves, plans) if plan.projected}
+  known = {index for found in of_leaves(inner_state, projected, plans) for index in found}
   for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
-    belongs = any(
-      path[len(path) - len(owner) :] == owner and leaf.shape == shape
-      for owner, shape in shapes.items()
-    )
-    if belongs and index not in known:
+    owners = [shape for owner, shape in shapes.items() if path[len(path) - len(owner) :] == owner]
+    name = f'{jax.tree_util.keystr(path)} of the inner state, {leaf.dtype} {leaf.shape}'
+    if index in known and (leaf.shape not in owners or not _holds_numbers(leaf)):
       raise ValueError(
-        f"moments='rotate' does not know how {jax.tree_util.keystr(path)} of the inner state, "
-        f'shape {leaf.shape}, changes with the basis (it knows the fields {", ".join(KINDS)}); '
-        "use moments='keep'"
+        f"moments='rotate' cannot rotate {name}: quantised or factored, it does not hold the "
+        f"moments of the projected gradient {owners[0]} one by one; use moments='keep'"
       )
+    if index not in known and leaf.shape in owners:
+      raise ValueError(
+        f"moments='rotate' does not know how {name}, changes with the basis (it knows the fields "
+        f"{', '.join(KINDS)}); use moments='keep'"
+      )
+
+
+def _holds_numbers(leaf) -> bool:
+  """Whether a leaf is no array of codes; 8-bit floats are codes, they count in a block's scale."""
+  return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1

@@ -325,6 +325,13 @@ class TestRefusals:
     with pytest.raises(ValueError, match='nu_max'):
       self._init(transforms.project(optax.scale_by_amsgrad(), 2, moments='rotate'))
 
+  @pytest.mark.parametrize('kind', ['dynamic', 'fp8'])
+  def test_codes_are_not_rotated(self, kind):
+    inner = transforms.quantize_state(optax.scale_by_adam(), kind=kind, min_size=8)
+    optimizer = transforms.project(inner, 2, moments='rotate')
+    with pytest.raises(ValueError, match=r"inner.mu\['w'\].*quantised.*use moments='keep'"):
+      jax.eval_shape(optimizer.init, {'w': jnp.zeros((6, 8))})
+
   @pytest.mark.parametrize(
     ('options', 'message'),
     [
