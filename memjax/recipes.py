@@ -1,7 +1,7 @@
 """Published training recipes, shared by the config files that differ only in size or method.
 
 Pre-training LLaMA on C4 as in the GaLore paper, for `configs/galore_llama*.py` and
-`configs/adamw_llama*.py`.
+`configs/adamw_llama*.py`, and with other methods one layer at a time, on one small device.
 
 LLaMA shapes, bfloat16 weights, 512 x 256 tokens an update, 10 % warm-up, cosine to a tenth (Zhao et
 al., 2024, section 5.1 and its code). Two things differ on purpose: sequences are packed instead of
@@ -22,6 +22,34 @@ SIZES = {
   '350m': dict(rank=256, steps=60_000, accumulate=4),
   '1b': dict(rank=512, steps=100_000, accumulate=8),
   '7b': dict(rank=1024, steps=150_000, accumulate=32),
+  '13b': dict(rank=1024, steps=150_000, accumulate=32, model='llama2_13b'),
+}
+
+# Methods that train 7B one layer at a time: the papers' and their scripts' choices. Where none is
+# known for pre-training, the learning rate is the authors' for further pre-training (AdaLomo) or
+# fine-tuning (LOMO).
+LAYERWISE = {
+  'adalomo': dict(optimizer=dict(name='adalomo', learning_rate=1e-3), warmup_ratio=0.03),
+  'apollo_mini': dict(
+    optimizer=dict(name='apollo_mini8bit', learning_rate=0.01, refresh_every=200),
+    clip_norm=0.0,
+  ),
+  'galore8bit': dict(
+    optimizer=dict(
+      name='galore8bit', learning_rate=0.005, refresh_every=500, scale=0.25, basis_bits=8
+    ),
+    clip_norm=1.0,
+  ),
+  'lomo': dict(
+    optimizer=dict(name='sgd', learning_rate=0.03),
+    schedule='linear',
+    final_ratio=0.0,
+    clip_norm=1.0,
+  ),
+  'q_galore': dict(
+    optimizer=dict(name='q_galore8bit', learning_rate=0.004, refresh_every=500, scale=0.25),
+    weights='int8',
+  ),
 }
 
 # Full-rank Adam, from the paper's grid {0.01, 0.005, 0.001, 0.0005, 0.0001}; the chosen points are
@@ -34,7 +62,7 @@ def llama_c4(size: str, smoke: bool):
   a CPU.
   """
   c = default()
-  c.model = 'llama_tiny' if smoke else f'llama_{size}'
+  c.model = 'llama_tiny' if smoke else SIZES[size].get('model', f'llama_{size}')
   c.param_dtype = 'bfloat16'
   c.compute_dtype = 'bfloat16'
   c.remat = 'none' if size in ('60m', '130m') else 'full'
@@ -80,4 +108,37 @@ def adamw_llama(size: str, arg: str):
   arg = parse_arg(arg, smoke=False)
   c = llama_c4(size, arg.smoke)
   c.optimizer = optimizer('adamw', learning_rate=LEARNING_RATES[size])
+  return c
+
+
+def layerwise_llama(method: str, arg: str, size: str = '7b', weights: str = ''):
+  """Returns the config of a method that updates one layer at a time.
+
+  The published update of 512 x 256 tokens keeps the layers' inputs, 32 GiB at 7B over all devices;
+  on a single one, choose a smaller `batch_size`.
+
+  Args:
+    method: A key of `LAYERWISE`.
+    arg: May hold `smoke`, `weights=...` and, for projected methods, `rank=...`.
+    size: A key of `SIZES`.
+    weights: How the blocks' matrices are held, 'dense' or 'int8'; '' as the method is published.
+  """
+  recipe = LAYERWISE[method]
+  projected = 'galore' in method
+  weights = weights or recipe.get('weights', 'dense')
+  ranks = {'rank': SIZES[size]['rank']} if projected else {}
+  arg = parse_arg(arg, smoke=False, weights=weights, **ranks)
+  c = llama_c4(size, arg.smoke)
+  c.step, c.remat = 'layerwise', 'full'
+  c.weights = arg.weights
+  c.clip_norm = recipe.get('clip_norm', 0.0)
+  c.schedule.name = recipe.get('schedule', 'cosine')
+  c.schedule.warmup_ratio = recipe.get('warmup_ratio', 0.1)
+  c.schedule.final_ratio = recipe.get('final_ratio', 0.1)
+  arguments = dict(recipe['optimizer'])
+  if projected:
+    arguments['rank'] = min(arg.rank, 8) if arg.smoke else arg.rank
+  if arg.smoke and 'refresh_every' in arguments:
+    arguments['refresh_every'] = 2
+  c.optimizer = optimizer(**arguments)
   return c

@@ -23,6 +23,17 @@ PUBLISHED = {  # size: rank, updates, learning rate, refresh every, clip norm, p
   '7b': (1024, 150_000, 0.005, 500, 1.0, 6_738_415_616),
 }
 
+# One layer at a time: model, optimizer, weights, learning rate, clip norm. Scripts of Q-GaLore and
+# APOLLO; AdaLomo (arXiv 2310.10195) and LOMO (2306.09782).
+LAYERWISE = {
+  'adalomo_llama7b': ('llama_7b', 'adalomo', 'dense', 1e-3, 0.0),
+  'apollo_mini_llama7b': ('llama_7b', 'apollo_mini8bit', 'dense', 0.01, 0.0),
+  'apollo_mini_llama13b_int8': ('llama2_13b', 'apollo_mini8bit', 'int8', 0.01, 0.0),
+  'galore8bit_llama7b': ('llama_7b', 'galore8bit', 'dense', 0.005, 1.0),
+  'lomo_llama7b': ('llama_7b', 'sgd', 'dense', 0.03, 1.0),
+  'q_galore_llama7b': ('llama_7b', 'q_galore8bit', 'int8', 0.004, 0.0),
+}
+
 
 @pytest.fixture(params=FILES)
 def file(request, monkeypatch):
@@ -35,7 +46,7 @@ def one_device():
 
 
 def test_every_file_is_tested():
-  assert len(FILES) == 2 * len(PUBLISHED) + 1
+  assert len(FILES) == 2 * len(PUBLISHED) + len(LAYERWISE) + 1
 
 
 @pytest.mark.parametrize('arg', ['', ':smoke'])
@@ -64,6 +75,34 @@ def test_the_published_recipes(size):
   assert o.learning_rate == learning_rate
   assert (o.b1, o.b2, o.eps, o.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
   assert adamw.optimizer.name == 'adamw'
+
+
+@pytest.mark.parametrize('name', LAYERWISE)
+def test_recipes_of_one_layer_at_a_time(name):
+  c = config_lib.load(str(launch.ROOT / f'configs/{name}.py'))
+  o = c.optimizer
+  found = (c.model, o.name, c.weights, o.learning_rate, c.clip_norm)
+  assert found == LAYERWISE[name]
+  assert (c.step, c.remat, c.batch_size, c.seq_len) == ('layerwise', 'full', 512, 256)
+  if 'galore' in name:
+    assert (o.rank, o.refresh_every, o.scale) == (1024, 500, 0.25)
+
+
+def test_weights_in_8_bits_take_a_byte_and_train(tmp_path):
+  c = config_lib.load(str(launch.ROOT / 'configs/apollo_mini_llama13b_int8.py:smoke'))
+  c.steps, c.eval_every, c.sample.tokens = 2, 0, 0
+  state = train(c, tmp_path, devices=jax.devices()[:1])['state']
+  first, second = launch.losses(tmp_path).values()
+  assert second < first < 6.6  # ln 512 = 6.24, and what the initial weights add.
+  kernel = state['params']['blocks']['mlp']['up']['kernel']
+  assert (kernel.codes.dtype, kernel.scales.dtype) == ('int8', 'float32')
+
+
+def test_weights_in_8_bits_refuse_what_loses_updates():
+  c = config_lib.load(str(launch.ROOT / 'configs/q_galore_llama7b.py:smoke'))
+  c.stochastic_rounding = False
+  with pytest.raises(ValueError, match='loses every update'):
+    config_lib.validate(c)
 
 
 def test_the_official_rank_of_1b_is_an_argument():

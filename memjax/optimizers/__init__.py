@@ -1,9 +1,10 @@
 """Ready optimizers by name, with arguments that a config can hold: numbers and words.
 
 Every factory takes `learning_rate` (a number or a schedule) and returns an
-`optax.GradientTransformation` whose updates are added to the parameters; on a mesh, some take
-`layout`, see `memjax.sharding.layout`. State is f32 whatever the dtype of the parameters. Notebooks
-call the functions of `memjax` and `optax` themselves.
+`optax.GradientTransformation` whose updates are added to the parameters; what the model and the
+mesh say, `head_dim` and `layout` (see `memjax.sharding.layout`), is taken by keyword alone. State
+is f32 whatever the dtype of the parameters. Notebooks call the functions of `memjax` and `optax`
+themselves.
 """
 
 import inspect
@@ -11,7 +12,14 @@ import inspect
 from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd
 from memjax.optimizers.factored import adafactor, adalomo, came, galore_adafactor, sm3
 from memjax.optimizers.low_rank import BASES, apollo, apollo_mini, fira, galore, golore, q_galore
-from memjax.optimizers.quantised import adam4bit, adamw8bit, galore8bit, lion8bit
+from memjax.optimizers.quantised import (
+  adam4bit,
+  adamw8bit,
+  apollo_mini8bit,
+  galore8bit,
+  lion8bit,
+  q_galore8bit,
+)
 
 __all__ = ['BASES', 'OPTIMIZERS', 'REQUIRED', 'arguments']
 
@@ -24,6 +32,7 @@ OPTIMIZERS = {
   'adamw8bit': adamw8bit,
   'apollo': apollo,
   'apollo_mini': apollo_mini,
+  'apollo_mini8bit': apollo_mini8bit,
   'came': came,
   'fira': fira,
   'galore': galore,
@@ -34,6 +43,7 @@ OPTIMIZERS = {
   'lion8bit': lion8bit,
   'muon': muon,
   'q_galore': q_galore,
+  'q_galore8bit': q_galore8bit,
   'sgd': sgd,
   'sm3': sm3,
 }

@@ -19,6 +19,7 @@ def scale_by_apollo(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  inner: optax.GradientTransformation | None = None,
   by: Literal['channel', 'tensor'] = 'channel',
   side: Literal['short', 'long', 'left', 'right'] = 'short',
   refresh_every: int = 200,
@@ -49,6 +50,7 @@ def scale_by_apollo(
     b1: Decay rate of the first moment.
     b2: Decay rate of the second moment.
     eps: Added to the root of the second moment, after bias correction.
+    inner: Transform whose answer sets the factors; Adam with the three numbers above if None.
     by: What shares a factor: a `'channel'`, or the whole matrix, `'tensor'`.
     side: Which axis is projected; see `project`.
     refresh_every: Updates (not micro-batches) between two projections of a matrix.
@@ -72,7 +74,7 @@ def scale_by_apollo(
     <https://arxiv.org/abs/2412.05270>`_, 2024
   """
   return project(
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps) if inner is None else inner,
     rank,
     side=side,
     refresh_every=refresh_every,
@@ -93,6 +95,7 @@ def apollo(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  inner: optax.GradientTransformation | None = None,
   by: Literal['channel', 'tensor'] = 'channel',
   side: Literal['short', 'long', 'left', 'right'] = 'short',
   refresh_every: int = 200,
@@ -128,6 +131,7 @@ def apollo(
     b1: Decay rate of the first moment.
     b2: Decay rate of the second moment.
     eps: Added to the root of the second moment.
+    inner: In place of Adam, such as `quantize_state` of it.
     by: `'channel'` or `'tensor'`.
     side: Which axis is projected.
     refresh_every: Updates between two projections of a matrix.
@@ -153,6 +157,7 @@ def apollo(
       b1=b1,
       b2=b2,
       eps=eps,
+      inner=inner,
       by=by,
       side=side,
       refresh_every=refresh_every,
