@@ -8,6 +8,8 @@ read from shapes; nothing is allocated.
 
 import math
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -39,7 +41,7 @@ class Method(NamedTuple):
   cost: str  # What an update costs beyond Adam's elementwise work.
   choose: str  # When to take it.
   official: str  # What the official code does differently, and where it is reproduced.
-  arguments: dict = {}  # For the bytes; defaults otherwise.
+  arguments: Mapping = MappingProxyType({})  # For the bytes; defaults otherwise.
 
 
 METHODS = {
@@ -72,7 +74,7 @@ METHODS = {
     'Muon',
     'https://kellerjordan.github.io/posts/muon/',
     '`m n`; Adam on embedding, head and vectors',
-    'five Newton-Schulz iterations on each matrix, `~ 15 a^2 c` multiplications; a sharded matrix is '
+    'five Newton-Schulz iterations a matrix, `~ 15 a^2 c` multiplications; a sharded matrix is '
     'gathered along one side',
     'for pre-training in fewer tokens, where its products are affordable',
     '`optax.contrib.muon` does not see the matrices of a stack `[L, m, n]`; here each is its own.',
