@@ -19,9 +19,7 @@ RATE = optax.linear_schedule(0.02, 0.01, 20)
 
 ROTATIONS = {
   'hift': lambda: hift(LAYERS, size=2),
-  'hift top2down': lambda: hift(LAYERS, size=3, order='top2down'),
   'hift random': lambda: hift(LAYERS, order='random', key=jax.random.key(3)),
-  'badam': lambda: badam(LAYERS, every=2),
   'badam ends': lambda: badam(LAYERS, size=2, every=2, order='random', ends=True),
   'lisa': lambda: lisa(LAYERS, size=1, every=2),
   'lisa keep': lambda: lisa(LAYERS, size=2, every=2, keep=True),
@@ -67,7 +65,7 @@ def reference(rotation, steps):
 @pytest.mark.parametrize('name', ROTATIONS)
 def test_units_train_as_alone_in_their_turn(name):
   rotation = ROTATIONS[name]()
-  steps = 2 * 5
+  steps = 6  # More than a cycle.
   states, _, step = run(rotation, steps)
   assert step._cache_size() == 1
   for i, (before, after) in enumerate(itertools.pairwise(states)):
@@ -78,3 +76,109 @@ def test_units_train_as_alone_in_their_turn(name):
     np.testing.assert_array_equal(changed, rotation.active(i))
   check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
   jax.tree.map(check, states[-1]['params'], reference(rotation, steps))
+
+
+def test_state_is_that_of_the_layers_whose_turn_it_is():
+  init = lambda rotation: jax.eval_shape(
+    lambda: groups.init_state(init_params, ADAMW, rotation, jax.random.key(0))
+  )['opt']
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  params = jax.eval_shape(init_params, None)
+  blocks, ends = size(params['blocks']), size((params['embed'], params['head']))
+  count = lambda slots: 4 * (slots + 2)  # Adam's, of every unit that has a place.
+  # The schedule that adamw is given has a count of its own.
+  assert size(init(badam(LAYERS))) == 2 * blocks // LAYERS + 2 * count(1)
+  assert size(init(badam(LAYERS, ends=True))) == 2 * (blocks // LAYERS + ends) + 2 * count(1)
+  assert size(init(lisa(LAYERS, size=2))) == 2 * (2 * blocks // LAYERS + ends) + 2 * count(2)
+  assert size(init(hift(LAYERS))) == 2 * (blocks + ends) + 2 * count(LAYERS)
+
+
+class Counting(Toy):
+  """Notes every layer that the backward pass goes through."""
+
+  def __init__(self):
+    self.visits = []
+
+  def block(self, layer, x):
+    @jax.custom_vjp
+    def passed(x):
+      return x
+
+    def pull_back(_, cotangent):
+      jax.debug.callback(lambda: self.visits.append(1))
+      return (cotangent,)
+
+    passed.defvjp(lambda x: (x, None), pull_back)
+    return passed(super().block(layer, x))
+
+
+def test_backward_pass_ends_at_the_lowest_unit_that_trains():
+  model, rotation = Counting(), hift(LAYERS, order='top2down')
+  state = groups.init_state(init_params, ADAMW, rotation, jax.random.key(0))
+  step = jax.jit(groups.make_train_step(model, ADAMW, rotation, RATE))
+  found = []
+  for i in range(LAYERS + 2):
+    state, _ = step(state, batch_of(i))
+    jax.effects_barrier()
+    found.append(len(model.visits))
+    model.visits.clear()
+  assert found == [0, 1, 2, 3, 3]  # Head, the layers from the top, embedding.
+
+
+def test_clipping_sees_what_trains_and_micro_batches_do_not_rotate():
+  rotation = lisa(LAYERS, size=2)
+  (_, plain), _, _ = run(rotation, 1, accumulate=2)
+  (_, once), metrics, _ = run(rotation, 1)
+  check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  jax.tree.map(check, plain['params'], once['params'])
+  mean = lambda params: (lambda s: s[0] / s[1])(Toy().loss(params, batch_of(0)))
+  grads = units(jax.grad(mean)(init_params(None)))
+  mine = [grads[unit] for unit in np.flatnonzero(rotation.active(0))]
+  np.testing.assert_allclose(metrics['train/grad_norm'], optax.global_norm(mine), rtol=1e-5)
+  (_, clipped), _, _ = run(rotation, 1, clip_norm=0.5)
+  mu = clipped['opt'][0].mu
+  np.testing.assert_allclose(optax.global_norm(mu), 0.1 * 0.5, rtol=1e-5)
+
+
+def test_rates_advance_once_a_cycle():
+  rotation = hift(LAYERS, size=2)
+  rate = rotation.learning_rate(lambda count: count)
+  assert [rate(step) for step in range(7)] == [0, 0, 0, 3, 3, 3, 6]
+
+
+def test_schedules_are_the_published_ones():
+  def turns(rotation, steps):
+    active = np.asarray(jax.jit(jax.vmap(rotation.active))(jnp.arange(steps)))
+    return [np.flatnonzero(row).tolist() for row in active]
+
+  assert turns(hift(3, size=2), 4) == [[0, 1], [2, 3], [4], [0, 1]]
+  assert turns(hift(3, size=2, order='top2down'), 3) == [[3, 4], [1, 2], [0]]
+  shuffled = turns(hift(3, order='random', key=jax.random.key(1)), 10)
+  assert sorted(shuffled[:5]) == [[0], [1], [2], [3], [4]]
+  assert shuffled[:5] == shuffled[5:]
+  assert turns(badam(4, size=2, every=2), 5) == [[3, 4], [3, 4], [1, 2], [1, 2], [3, 4]]
+  assert turns(badam(2, every=1, order='bottom2up', ends=True), 4) == [[0], [1], [2], [3]]
+  rounds = turns(badam(3, every=1, order='random'), 30)
+  rounds = [rounds[i : i + 3] for i in range(0, 30, 3)]
+  assert all(sorted(r) == [[1], [2], [3]] for r in rounds)
+  assert len({str(r) for r in rounds}) > 1
+  drawn = turns(lisa(6, size=2, every=3), 300)
+  assert all(len(d) == 4 and d[0] == 0 and d[-1] == 7 for d in drawn)
+  assert all(drawn[i] == drawn[i - i % 3] for i in range(300))
+  often = np.bincount(np.concatenate(drawn[::3]), minlength=8)[1:-1]
+  # Of 100 draws each layer is in a third; four standard deviations are 19.
+  assert np.all(np.abs(often - 100 / 3) < 19)
+
+
+@pytest.mark.parametrize(
+  ('make', 'sentence'),
+  [
+    (lambda: hift(3, order='sideways'), "order 'sideways' does not exist"),
+    (lambda: hift(3, size=6), 'at most 5'),
+    (lambda: badam(3, every=0), '0 updates'),
+    (lambda: lisa(3, size=4), '4 layers'),
+  ],
+)
+def test_turns_that_do_not_exist(make, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    make()
