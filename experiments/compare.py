@@ -69,7 +69,7 @@ def result(directory: pathlib.Path, name: str) -> dict:
     'eval/perplexity': evaluations[-1]['eval/perplexity'],
     'state_bytes': parts['basis'] + parts['moments'] + parts['other_state'],
     'parameter_bytes': parts['parameters'],
-    # Of the logged means of a few steps the fastest tenth: other work on the machine slows the rest.
+    # The fastest tenth of the logged intervals: other work on the machine slows the rest.
     'step_seconds': statistics.quantiles(seconds, n=10)[0],
     'curve': [(line['step'], line['eval/loss']) for line in evaluations],
   }
