@@ -32,6 +32,10 @@ def _galore(**options):
   return lambda: transforms.scale_by_galore(RANK, refresh_every=EVERY, **options)
 
 
+def _low_bit_adam(bits):
+  return transforms.quantize_state(optax.scale_by_adam(), bits, min_size=1)
+
+
 _galore_state = lambda m, n: RANK * (min(m, n) + 2 * max(m, n))
 
 TRANSFORMS = {
@@ -102,6 +106,17 @@ TRANSFORMS = {
       RANK, refresh_every=EVERY, basis=transforms.svd(), storage=transforms.packed(bits=8)
     ),
     lambda m, n: min(m, n) * (RANK + 4) / 4 + 7 + 2 * RANK * max(m, n),
+  ),
+  # Of each moment the codes, and a scale for every block, here the longer side.
+  'adam_8bit': Entry(
+    lambda: _low_bit_adam(8), lambda m, n: 2 * (m * n / 4 + min(m, n)), projects=False
+  ),
+  'adam_4bit': Entry(
+    lambda: _low_bit_adam(4), lambda m, n: 2 * (m * n / 8 + min(m, n)), projects=False
+  ),
+  'galore_8bit': Entry(
+    _low_rank(lambda: _low_bit_adam(8), basis=transforms.svd()),
+    lambda m, n: RANK * (min(m, n) + 2 * (max(m, n) / 4 + 1)),
   ),
   'low_rank_random': Entry(
     _low_rank(optax.scale_by_adam, basis=transforms.random_projection()),
