@@ -1,11 +1,12 @@
 """Adam as Hugging Face Transformers 4 had it, which several packages copied."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from memjax.compat.flat_blocks import bias
 
 
 def scale_by_hf_adam(
@@ -26,7 +27,7 @@ def scale_by_hf_adam(
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
     step = _step(b1, b2, count) if correct_bias else 1.0
-    least = eps * jnp.sqrt(_bias(b2, count)) if correct_eps else eps
+    least = eps * jnp.sqrt(bias(b2, count)) if correct_eps else eps
     updates = jax.tree.map(lambda m, v: step * (m / (jnp.sqrt(v) + least)), mu, nu)
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
@@ -51,12 +52,7 @@ def scale_by_hf_bias(b1, b2) -> optax.GradientTransformation:
 
 
 def _step(b1, b2, count):
-  return jnp.sqrt(_bias(b2, count)) / _bias(b1, count)
-
-
-def _bias(decay, count):
-  """`1 - decay**count`; in f32 the difference itself would keep only five digits for 0.999."""
-  return -jnp.expm1(count * math.log(decay)) if decay > 0 else 1.0
+  return jnp.sqrt(bias(b2, count)) / bias(b1, count)
 
 
 class DecayUpdatedState(NamedTuple):

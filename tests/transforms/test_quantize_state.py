@@ -59,7 +59,9 @@ def test_a_run_follows_the_published_one(bits, kind, block):
       np.testing.assert_allclose(
         found[:2], RUNS[bits, kind, block][t == 100][:2], rtol=1e-5, atol=2e-6
       )
-      np.testing.assert_allclose(found[2], RUNS[bits, kind, block][t == 100][2], rtol=1e-5)
+      # In another order of sums, or in f64, up to four of the 8,192 numbers round the other way
+      # near a midpoint and move the sum by 0.005.
+      np.testing.assert_allclose(found[2], RUNS[bits, kind, block][t == 100][2], rtol=2e-5)
 
 
 @pytest.mark.parametrize(('bits', 'kind'), KINDS)
@@ -108,34 +110,35 @@ def test_an_array_survives_to_half_a_step_of_its_block(bits, kind, axis):
   assert jnp.any(jnp.abs(back - x) > bound / 4 * magnitudes)
 
 
-@pytest.mark.parametrize(('bits', 'kind'), [(8, 'dynamic'), (4, 'linear')])
-def test_slices_give_the_bits_of_the_whole(bits, kind, monkeypatch):
-  params = {
-    'w': jnp.ones((6, 32, 64), jnp.bfloat16),
-    'odd': jnp.ones((4, 256, 33)),
-    'b': jnp.ones(8),
-  }
+# Cut into rows of layers along blocks, and into whole blocks across them.
+@pytest.mark.parametrize(
+  ('bits', 'kind', 'shape', 'dtype', 'ulp'),
+  [(8, 'dynamic', (3, 32, 64), 'bfloat16', 2**-7), (4, 'linear', (2, 128, 33), 'float32', 1e-6)],
+)
+def test_slices_give_the_bits_of_the_whole(bits, kind, shape, dtype, ulp, monkeypatch):
+  params = {'w': jnp.ones(shape, dtype), 'b': jnp.ones(8)}
   state = adam(bits, kind, 64).init(params)
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   shardings = sharding.param_shardings(params, [('', PartitionSpec())], mesh)
   cut = adam(bits, kind, 64, layout=sharding.layout(params, shardings))
   whole, loops = state, state
   update_whole, update_loops = jax.jit(adam(bits, kind, 64).update), jax.jit(cut.update)
-  for step in range(3):
+  for step in range(2):
     gradient = normal(params, step)
     monkeypatch.setattr(slices, 'NUMBERS', 2**19)
     expected, whole = update_whole(gradient, whole)
     monkeypatch.setattr(slices, 'NUMBERS', 1024)
     updates, loops = update_loops(gradient, loops)
     # Compiled apart, products and sums may contract otherwise: an ulp of f32, or of bf16.
-    for name, ulp in (('w', 2**-7), ('odd', 1e-6), ('b', 1e-6)):
-      np.testing.assert_allclose(
-        updates[name].astype(jnp.float32), expected[name].astype(jnp.float32), rtol=ulp, atol=1e-6
-      )
+    as_f32 = lambda x: np.asarray(x, np.float32)
+    np.testing.assert_allclose(as_f32(updates['w']), as_f32(expected['w']), rtol=ulp, atol=1e-6)
+    np.testing.assert_allclose(updates['b'], expected['b'], rtol=1e-6)
+  program = update_loops.lower(gradient, loops).as_text()
+  assert program.count('while') > 0 == update_whole.lower(gradient, whole).as_text().count('while')
   same = [
     np.mean(np.asarray(x) == np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (whole, loops)))
   ]
-  assert min(same[:4]) > 0.99
+  assert min(same) > 0.99
 
 
 def test_only_elementwise_transforms_are_cut(monkeypatch):
@@ -249,15 +252,17 @@ def test_a_layer_alone_is_updated_as_in_the_stack():
 
 
 def test_moments_in_a_subspace_are_quantised():
-  optimizer = transforms.project(adam(min_size=256), 8, refresh_every=2)
-  plain = transforms.project(optax.scale_by_adam(), 8, refresh_every=2)
-  params = {'w': jnp.zeros((2, 64, 128))}
+  # The exact SVD compiles in half the time.
+  options = {'refresh_every': 2, 'basis': transforms.svd()}
+  optimizer = transforms.project(adam(min_size=256), 8, **options)
+  plain = transforms.project(optax.scale_by_adam(), 8, **options)
+  params = {'w': jnp.zeros((2, 16, 128))}
   state, reference = optimizer.init(params), plain.init(params)
   assert state.inner.inner.mu['w'].dtype == jnp.uint8
   assert state.inner.inner.mu['w'].shape == (2, 8, 128)
   assert state.inner.scales.mu['w'].shape == (2, 8, 1)
   update, update_plain = jax.jit(optimizer.update), jax.jit(plain.update)
-  for step in range(4):
+  for step in range(3):
     updates, state = update(normal(params, step), state)
     expected, reference = update_plain(normal(params, step), reference)
   difference = np.linalg.norm(updates['w'] - expected['w']) / np.linalg.norm(expected['w'])
