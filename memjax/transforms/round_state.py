@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from memjax.transforms import explicit
 from memjax.transforms import stored as stored_lib
 from memjax.transforms.float32 import in_float32
+from memjax.transforms.layers import Layer
 from memjax.transforms.paths import fold_in_path, path_string
 from memjax.transforms.rounding import round_stochastically
 
@@ -46,7 +48,8 @@ def round_state(
     seed: Seed of the noise.
 
   Returns:
-    A transform with state `RoundState`.
+    A transform with state `RoundState`. Its `update` takes the extra argument `layer`, see
+    `memjax.transforms.layers.Layer`, for steps that see one layer at a time: the noise is the stack's.
   """
   inner = in_float32(inner)
 
@@ -64,6 +67,7 @@ def round_state(
     return explicit.on_auto_axes(step, (updates, state), updates, state, params, extra_args)
 
   def step(updates, state, params, extra_args):
+    layer = extra_args.get('layer')
     key = jax.random.fold_in(jax.random.key(seed), state.count)
     belongs = stored_lib.find(state.inner, updates)
     stored = lambda i, x: i in belongs and x.dtype == jnp.bfloat16
@@ -71,7 +75,9 @@ def round_state(
     wide = [x.astype(jnp.float32) if stored(i, x) else x for i, (_, x) in enumerate(paths)]
     updates, after = inner.update(updates, tree.unflatten(wide), params, **extra_args)
     rounded = [
-      _round(new, fold_in_path(key, path_string(path))) if stored(i, old) else new
+      _round(new, fold_in_path(key, path_string(path)), _first(layer, belongs[i].path, new))
+      if stored(i, old)
+      else new
       for i, ((path, old), new) in enumerate(zip(paths, tree.flatten_up_to(after)))
     ]
     return updates, RoundState(optax.safe_increment(state.count), tree.unflatten(rounded))
@@ -79,9 +85,15 @@ def round_state(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _round(x, key):
+def _first(layer: Layer | None, path: str, leaf):
+  """Index along the first axis of the whole leaf at which this one begins."""
+  held = layer is not None and layer.holds(path)
+  return layer.index.astype(jnp.uint32) * np.uint32(leaf.shape[0]) if held else np.uint32(0)
+
+
+def _round(x, key, first):
   if x.ndim < 2:
     return round_stochastically(x, key)
-  fold = lambda layer: jax.random.fold_in(key, layer)
-  keys = jax.vmap(fold)(jnp.arange(x.shape[0], dtype=jnp.uint32))
+  fold = lambda index: jax.random.fold_in(key, index)
+  keys = jax.vmap(fold)(first + jnp.arange(x.shape[0], dtype=jnp.uint32))
   return jax.vmap(round_stochastically)(x, keys)

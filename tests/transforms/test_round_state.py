@@ -7,6 +7,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from memjax import sharding, transforms
+from memjax.transforms.layers import Layer
 
 
 def decay(optimizer, state, updates):
@@ -75,3 +76,23 @@ def test_no_mesh_changes_the_bits():
     _, state = update(gradient, state)
     _, other = update(jax.device_put(gradient, where), other)
   jax.tree.map(np.testing.assert_array_equal, other, state)
+
+
+def test_a_layer_alone_is_rounded_as_in_the_stack():
+  params = {'blocks': {'w': jnp.zeros((3, 16, 16))}, 'head': jnp.zeros((4, 16))}
+  optimizer = transforms.round_state(optax.scale_by_adam())
+  gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+  gradient['blocks']['w'] = jnp.broadcast_to(gradient['blocks']['w'][:1], (3, 16, 16))
+  state = optimizer.init(params)
+  _, whole = jax.jit(optimizer.update)(gradient, state)
+
+  def one(tree, index):
+    take = lambda path, x: x[index : index + 1] if 'blocks' in str(path) else x
+    return jax.tree_util.tree_map_with_path(take, tree)
+
+  update = jax.jit(lambda g, s, index: optimizer.update(g, s, layer=Layer(index, 3, 'blocks')))
+  for index in range(3):
+    _, alone = update(one(gradient, index), one(state, index), jnp.int32(index))
+    jax.tree.map(np.testing.assert_array_equal, alone, one(whole, index))
+  # The layers' gradients are equal, their noise is not.
+  assert np.any(np.asarray(whole.inner.mu['blocks']['w'][0] != whole.inner.mu['blocks']['w'][1]))
