@@ -49,7 +49,7 @@ def round_state(
 
   Returns:
     A transform with state `RoundState`. Its `update` takes the extra argument `layer`, see
-    `memjax.transforms.layers.Layer`, for steps that see a layer at a time: its noise is the stack's.
+    `memjax.transforms.layers.Layer`, for steps that see single layers: their noise is the stack's.
   """
   inner = in_float32(inner)
 

@@ -29,6 +29,22 @@ def torch():
 
 
 @pytest.fixture
+def svd_with_signs(torch, monkeypatch):
+  """The signs of singular vectors, which LAPACK leaves open: a map without a -1 sees them."""
+  exact = torch.linalg.svd
+
+  def signs(vectors):
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    return torch.sign(torch.take_along_dim(vectors, largest, dim=0))
+
+  def svd(matrix, full_matrices=False):
+    u, s, vh = exact(matrix, full_matrices=full_matrices)
+    return u * signs(u), s, vh * signs(vh.T).T
+
+  monkeypatch.setattr(torch.linalg, 'svd', svd)
+
+
+@pytest.fixture
 def bnb(torch, monkeypatch):
   """bitsandbytes, rounding by its PyTorch reference: its CPU kernel's look-up table does not."""
   bnb = pytest.importorskip('bitsandbytes')
@@ -205,7 +221,7 @@ def test_codes_are_torchao(torch):
 @pytest.mark.parametrize('shape', [(64, 160), (160, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize('min_8bit_size', [4096, 256])
 def test_galore_adamw8bit_follows_the_official_one(
-  torch, bnb, monkeypatch, shape, proj_type, min_8bit_size
+  torch, bnb, svd_with_signs, monkeypatch, shape, proj_type, min_8bit_size
 ):
   from bitsandbytes.optim.optimizer import Optimizer2State
   from galore_torch.adamw8bit import AdamW8bit
@@ -224,14 +240,15 @@ def test_galore_adamw8bit_follows_the_official_one(
     lr=0.01, weight_decay=0.1, min_8bit_size=min_8bit_size, targets='kernel', backend='cpu', **group
   )
   make = lambda weight: Official([{'params': [weight], **group}], 0.01, 0.1)
-  # The sign of a singular vector changes nothing within one basis.
   runs = zip(run_ours(ours, shape, drifting), run_theirs(torch, make, shape, drifting))
-  for (mine, _), (weight, _) in runs:
-    moved, expected = mine - first(shape), weight - first(shape)
+  for (mine, _), (weight, theirs) in runs:
     if min_8bit_size > 2560:
-      np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-6)
-    # A code that ties the other way moves a number of the subspace by a step of its code.
-    assert np.linalg.norm(moved - expected) < 1e-2 * np.linalg.norm(expected)
+      np.testing.assert_allclose(mine, weight, rtol=0, atol=1e-6)
+    # A code that ties the other way moves one number of the subspace, far if it is a second moment
+    # next to zero. All others agree; an update moves them by 2.5e-3.
+    basis = theirs['projector'].ortho_matrix.numpy()
+    off = (mine - weight) @ basis.T if len(basis) == 16 else basis.T @ (mine - weight)
+    assert np.mean(abs(off) > 1e-5) < 1e-2
 
 
 def _array(tensor):
@@ -243,7 +260,9 @@ def _check(*pairs):
   for mine, official in pairs:
     mine, official = mine['kernel'], official['kernel']
     if not isinstance(mine, flat_blocks.Flat):
-      np.testing.assert_allclose(mine, official, rtol=1e-5, atol=1e-9)
+      # A first moment is a sum of two terms that may cancel; the larger one's rounding stays.
+      atol = 1e-7 * np.max(np.abs(official))
+      np.testing.assert_allclose(mine, official, rtol=1e-6, atol=atol)
       continue
     np.testing.assert_allclose(mine.scales, official.scales, rtol=1e-6)
     assert np.mean(np.asarray(mine.codes) != np.asarray(official.codes)) < 1e-3
