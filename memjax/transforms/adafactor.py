@@ -82,10 +82,9 @@ def scale_by_adafactor(
     count = optax.safe_increment(state.count)
     t = jnp.maximum(count - decay_offset, 1).astype(jnp.float32)
     decay = 1 - t**-decay_rate
-    squares = jax.tree.map(factors_lib.square, updates)
-    factors = factors_lib.average(squares, state.factors, decay, eps)
-    scaled = factors_lib.rescale(jax.tree.map(factors_lib.widen, updates), factors)
-    scaled = factors_lib.clip(scaled, clipping_threshold)
+    wide = jax.tree.map(factors_lib.widen, updates)
+    factors = factors_lib.average(wide, state.factors, decay, eps)
+    scaled = factors_lib.rescale(wide, factors, clipping_threshold)
     scaled = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
     return scaled, AdafactorState(count, factors)
 

@@ -88,13 +88,12 @@ def scale_by_came(
     return explicit.on_auto_axes(step, (updates, state), updates, state)
 
   def step(updates, state):
-    squares = jax.tree.map(factors_lib.square, updates)
-    factors = factors_lib.average(squares, state.factors, b2, eps)
-    scaled = factors_lib.rescale(jax.tree.map(factors_lib.widen, updates), factors)
-    scaled = factors_lib.clip(scaled, clipping_threshold)
+    wide = jax.tree.map(factors_lib.widen, updates)
+    factors = factors_lib.average(wide, state.factors, b2, eps)
+    scaled = factors_lib.rescale(wide, factors, clipping_threshold)
 
     mu = jax.tree.map(lambda m, u: b1 * m + (1 - b1) * u, state.mu, scaled)
-    distance = jax.tree.map(lambda u, m: jnp.square(u - m), scaled, mu)
+    distance = jax.tree.map(jnp.subtract, scaled, mu)
     instability = factors_lib.average(distance, state.instability, b3, instability_eps)
     confident = factors_lib.rescale(mu, instability)
     confident = jax.tree.map(lambda u, g: u.astype(g.dtype), confident, updates)

@@ -49,14 +49,21 @@ def reduce(function, tree, factors: Factors) -> Factors:
   )
 
 
-def average(squares, factors: Factors, decay, eps: float) -> Factors:
-  """Moves the factors towards the means of `squares + eps`, f32 of the leaves' shapes.
+def average(tree, factors: Factors, decay, eps: float) -> Factors:
+  """Moves the factors towards the means of the tree's squares plus `eps`.
 
-  `eps` joins the means, not the squares: these are then read where they are summed and need not
-  exist as arrays.
+  `eps` joins the means, and rows take the weight of the new inside theirs: squares are then read
+  where they are summed. Those that rows and columns share would be written as an array first.
   """
-  means = reduce(jnp.mean, squares, factors)
-  return jax.tree.map(lambda old, mean: decay * old + (1 - decay) * (mean + eps), factors, means)
+  weight = 1 - decay
+  add = lambda old, mean: decay * old + (mean + weight * eps)
+  row = lambda old, x: add(old, jnp.mean((weight * x) * x, -1, keepdims=True))
+  col = lambda old, x: add(old, weight * jnp.mean(x * x, -2, keepdims=True))
+  return Factors(
+    v_row=_map_present(row, factors.v_row, tree),
+    v_col=_map_present(col, factors.v_col, tree),
+    v=_map_present(lambda old, x: add(old, weight * (x * x)), factors.v, tree),
+  )
 
 
 def combine(function, like, factors: Factors):
@@ -71,27 +78,27 @@ def combine(function, like, factors: Factors):
   return jax.tree.map(either, like, *factors)
 
 
-def rescale(updates, factors: Factors):
-  """Divides by the roots of the second moments that the factors stand for, where there are any."""
+def rescale(updates, factors: Factors, threshold: float | None = None):
+  """Divides by the roots of the second moments that the factors stand for, where there are any.
 
-  def divide(u, row, col, v):
-    if not is_masked(v):
-      return u * jax.lax.rsqrt(v)
-    if is_masked(row):
-      return u
-    # The rows carry the mean; a product of all three could leave the range of f32.
-    return u * jax.lax.rsqrt(row / jnp.mean(row, -2, keepdims=True)) * jax.lax.rsqrt(col)
+  With a threshold, every unit is then divided by `max(1, RMS / threshold)`.
+  """
 
-  return jax.tree.map(divide, updates, *factors)
+  def excess(rms):
+    return 1.0 if threshold is None else jnp.maximum(1.0, rms / threshold)
 
+  def divide(path, u, row, col, v):
+    if not is_masked(row):
+      # The rows carry the mean; a product of all three could leave the range of f32.
+      row = jax.lax.rsqrt(row / jnp.mean(row, -2, keepdims=True))
+      # They carry the clipping too, by an RMS that needs the squares of the gradient alone: the
+      # update that is too large is not written.
+      mean = jnp.mean(jnp.square(u * row) * (1 / col), (-2, -1), keepdims=True)
+      return u * (row / excess(jnp.sqrt(mean))) * jax.lax.rsqrt(col)
+    u = u if is_masked(v) else u * jax.lax.rsqrt(v)
+    return u / excess(units.unit_rms(path, u))
 
-def clip(updates, threshold: float | None):
-  """Divides every unit by `max(1, RMS / threshold)`."""
-  if threshold is None:
-    return updates
-  return units.map_with_path(
-    lambda path, u: u / jnp.maximum(1.0, units.unit_rms(path, u) / threshold), updates
-  )
+  return units.map_with_path(divide, updates, *factors)
 
 
 def is_masked(x) -> bool:

@@ -63,7 +63,7 @@ def test_any_blocks_that_divide_have_their_own_mean():
   """Tiles, which neither axis keeps whole."""
   transform = memjax.scale_by_adam_mini(partition=lambda *_: (1, 2, 3), b1=0.0, b2=0.0)
   gradient = {'w': jnp.asarray(np.random.default_rng(0).standard_normal((5, 4, 6)), jnp.float32)}
-  updates, state = transform.update(gradient, transform.init(gradient))
+  updates, state = jax.jit(transform.update)(gradient, transform.init(gradient))
   assert state.nu['w'].shape == (5, 2, 2)
   tiles = np.square(gradient['w']).reshape(5, 2, 2, 2, 3).mean((2, 4))
   np.testing.assert_allclose(state.nu['w'], tiles, rtol=1e-6)
@@ -117,7 +117,7 @@ def test_muon_gives_optax_s_values_on_a_matrix():
     np.testing.assert_allclose(found[update - 1, : len(known)], known, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize('shape', [(3, 8, 12), (3, 12, 8), (8, 8)], ids=['wide', 'tall', 'square'])
+@pytest.mark.parametrize('shape', [(3, 8, 12), (3, 12, 8)], ids=['wide', 'tall'])
 def test_muon_makes_singular_values_about_one(shape):
   rng = np.random.default_rng(0)
   gradient = {
