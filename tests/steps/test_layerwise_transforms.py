@@ -73,9 +73,9 @@ def make(name):
   return optax.chain(TRANSFORMS[name].make(), optax.scale(-0.01))
 
 
-# Of each kind of state one in every run of the tests: bases, factors, a drawn basis, packed bases
-# with intervals of their own.
-COMMON = ('galore', 'adalomo', 'apollo_mini', 'q_galore')
+# In every run of the tests: bases whose noise has an address, and factors. The others, each a
+# compilation of two steps, are marked slow.
+COMMON = ('galore', 'adalomo')
 
 
 @pytest.mark.parametrize(
