@@ -65,6 +65,13 @@ def _both(c):
   ('axes', 'optimizer', 'tolerance', 'changes'),
   [
     pytest.param(
+      (1, 8, 1),
+      dict(name='sgd', learning_rate=0.3),
+      1e-5,
+      dict(clip_norm=0.5, clip_by='layer', model_args=dict(tied=True)),
+      id='fsdp-tied-clip-layer',
+    ),
+    pytest.param(
       (1, 1, 1),
       dict(name='adamw', learning_rate=0.003, weight_decay=0.1),
       1e-5,
@@ -77,6 +84,7 @@ def _both(c):
       5e-5,
       dict(clip_norm=0.2, clip_by='layer'),
       id='fsdp-galore-clip-layer',
+      marks=pytest.mark.slow,
     ),
     pytest.param(
       (2, 2, 2),
