@@ -5,7 +5,7 @@ no network needed.
 
 Under 10 minutes on two CPU cores. `:smoke` takes seconds. Other methods: `:method=adamw`,
 `:method=adafactor`, `:method=galore_svd`; with `steps=1000,seq_len=64` the validation loss ends at
-4.55, 4.62 and 4.25 nats a token, GaLore's at 4.26.
+4.13 nats a token for AdamW, 4.08 for GaLore and 4.09 with the exact SVD.
 """
 
 from memjax.config import default, optimizer, parse_arg
@@ -13,13 +13,15 @@ from memjax.config import default, optimizer, parse_arg
 METHODS = {
   'adafactor': dict(name='adafactor', learning_rate=0.01),
   'adamw': dict(name='adamw', learning_rate=0.01, scale=0.05),
-  'galore': dict(name='galore', learning_rate=0.01, rank=64, refresh_every=50),
-  'galore_svd': dict(name='galore', learning_rate=0.01, rank=64, refresh_every=50, basis='svd'),
+  'galore': dict(name='galore', learning_rate=0.01, rank=64, refresh_every=50, scale=0.1),
+  'galore_svd': dict(
+    name='galore', learning_rate=0.01, rank=64, refresh_every=50, scale=0.1, basis='svd'
+  ),
 }
 
 
 def get_config(arg=''):
-  arg = parse_arg(arg, smoke=False, method='galore', steps=300, seq_len=128)
+  arg = parse_arg(arg, smoke=False, method='galore', steps=240, seq_len=128)
   if arg.method not in METHODS:
     raise ValueError(f'no method {arg.method!r}; there are {", ".join(METHODS)}')
   c = default()
