@@ -3,9 +3,10 @@ no network needed.
 
     python run.py --config=configs/quickstart.py
 
-Five minutes on two CPU cores, to a validation loss of 5.02. `:smoke` takes seconds. Other methods: `:method=adamw`,
-`:method=adafactor`, `:method=galore_svd`; with `steps=1000,seq_len=64` the validation loss ends at
-4.13 nats a token for AdamW, 4.08 for GaLore, 4.09 with the exact SVD and 4.62 for Adafactor.
+Five minutes on two CPU cores, to a validation loss of 5.02. `:smoke` takes seconds. Other methods:
+`:method=adamw`, `:method=adafactor`, `:method=galore_svd`; with `steps=1000,seq_len=64` the
+validation loss ends at 4.13 nats a token for AdamW, 4.08 for GaLore, 4.09 with the exact SVD and
+4.62 for Adafactor.
 """
 
 from memjax.config import default, optimizer, parse_arg
