@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 from memjax.weights import Int8
 
 AXES = ('data', 'fsdp', 'tensor')

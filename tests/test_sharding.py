@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from memjax import sharding
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 
 SHAPE = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 PARAMS = {

@@ -9,7 +9,7 @@ import optax
 
 from memjax.compat import flat_blocks
 from memjax.compat.flat_blocks import Flat
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 
 BLOCK = 256
 

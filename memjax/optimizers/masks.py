@@ -5,7 +5,7 @@ import re
 import jax
 
 from memjax import transforms
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 
 
 def decays(params):

@@ -10,7 +10,7 @@ import pathlib
 import jax
 
 from memjax import sharding
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 
 _MEMINFO = pathlib.Path('/proc/meminfo')
 _CGROUP = pathlib.Path('/sys/fs/cgroup')

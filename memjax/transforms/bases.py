@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memjax.transforms.paths import fold_in_path
+from memjax.naming import fold_in_path
 
 # Of the products that make columns orthonormal: a TPU's default of one bf16 pass would leave them
 # so to two digits only, and they are compared with their successors over thousands of steps. The

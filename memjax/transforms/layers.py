@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 
 
 @functools.partial(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from memjax.naming import path_string
 from memjax.transforms import blockwise, codes, explicit, slices
 from memjax.transforms import stored as stored_lib
 from memjax.transforms.float32 import in_float32
-from memjax.transforms.paths import path_string
 
 # Names under which transforms keep what has the shape of a parameter, and whether it has a sign.
 SIGNS = {

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.naming import fold_in_path
 from memjax.transforms import moments as moments_lib
 from memjax.transforms.bases import PRECISION, Basis
 from memjax.transforms.intervals import Clock, Interval
-from memjax.transforms.paths import fold_in_path
 from memjax.transforms.storage import Storage, unpack
 
 

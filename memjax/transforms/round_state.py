@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from memjax.naming import fold_in_path, path_string
 from memjax.transforms import explicit
 from memjax.transforms import stored as stored_lib
 from memjax.transforms.float32 import in_float32
 from memjax.transforms.layers import Layer
-from memjax.transforms.paths import fold_in_path, path_string
 from memjax.transforms.rounding import round_stochastically
 
 

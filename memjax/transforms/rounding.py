@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from memjax.naming import fold_in_path, path_string
 from memjax.transforms import explicit
-from memjax.transforms.paths import fold_in_path, path_string
 from memjax.weights import Int8
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from memjax.naming import path_string
 from memjax.transforms import slices
-from memjax.transforms.paths import path_string
 
 
 class Belongs(NamedTuple):

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memjax.transforms.paths import path_string
+from memjax.naming import path_string
 from memjax.transforms.project import ProjectState
 from memjax.transforms.storage import PackedBases, unpack
 

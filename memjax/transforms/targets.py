@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from memjax.naming import path_string
 from memjax.transforms.layers import Layer
-from memjax.transforms.paths import path_string
 
 SIDES = ('short', 'long', 'left', 'right', 'both')
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memjax.naming import path_string
 from memjax.transforms import explicit
-from memjax.transforms.paths import path_string
 
 # A stack of norms or biases, [L, D], has two axes and is no matrix; only its name tells.
 _VECTOR = re.compile(r'norm|scale|bias|^(b|ln)$|^ln_|_ln$', re.IGNORECASE)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from memjax import build, config, optimizers, sharding
+from memjax.naming import path_string
 from memjax.plan import memory, recommend
-from memjax.transforms.paths import path_string
 from tests import launch
 
 CONFIGS = sorted(p.name for p in (launch.ROOT / 'configs').glob('*.py'))

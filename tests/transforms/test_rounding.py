@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memjax import transforms
-from memjax.transforms.paths import fold_in_path
+from memjax.naming import fold_in_path
 from memjax.transforms.rounding import round_stochastically
 
 
