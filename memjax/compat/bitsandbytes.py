@@ -10,6 +10,7 @@ import optax
 from memjax.compat import flat_blocks
 from memjax.compat.flat_blocks import Flat
 from memjax.naming import path_string
+from memjax.transforms.bias import bias
 
 BLOCK = 256
 
@@ -112,7 +113,7 @@ def scale_by_adam8bit(
   def update(updates, state, params=None):
     del params
     count = optax.safe_increment(state.count)
-    correction1, correction2 = flat_blocks.bias(b1, count), jnp.sqrt(flat_blocks.bias(b2, count))
+    correction1, correction2 = bias(b1, count), jnp.sqrt(bias(b2, count))
 
     def step(path, g, state1, state2):
       transposed = flat_blocks.is_kernel(path_string(path), g)

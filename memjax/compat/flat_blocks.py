@@ -4,7 +4,6 @@ Shapes in this file: a PyTorch tensor of `N` numbers is `[N]`; `L` layers stacke
 tensors, `[L, N]`. A block of `b` numbers of the flattened tensor shares a scale.
 """
 
-import math
 import re
 from typing import NamedTuple
 
@@ -72,8 +71,3 @@ def _linspace(count):
 def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
   """Returns `table[codes]`."""
   return jnp.take(jnp.asarray(table), codes.astype(jnp.int32), mode='clip')
-
-
-def bias(decay: float, count: jax.Array) -> jax.Array | float:
-  """`1 - decay**count`; in f32 the difference itself would keep only five digits for 0.999."""
-  return -jnp.expm1(count * math.log(decay)) if decay > 0 else 1.0

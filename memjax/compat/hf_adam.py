@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memjax.compat.flat_blocks import bias
+from memjax.transforms.bias import bias
 
 
 def scale_by_hf_adam(

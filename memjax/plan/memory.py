@@ -11,6 +11,7 @@ import jax
 
 from memjax import sharding
 from memjax.naming import path_string
+from memjax.steps.slices import STACK
 
 _MEMINFO = pathlib.Path('/proc/meminfo')
 _CGROUP = pathlib.Path('/sys/fs/cgroup')
@@ -30,8 +31,6 @@ STATE_PARTS = {
 
 # Fields of a `memjax.weights.Weight` that are trained beside the weight they adapt.
 ADAPTER_FIELDS = {'a', 'b', 'lora_a', 'lora_b', 'left', 'right', 'down', 'up', 'adapter'}
-
-STACK = 'blocks'  # The group of parameters that has a leading layer axis.
 
 ARGUMENT_PARTS = ('parameters', 'adapters', 'basis', 'moments', 'other_state', 'batch')
 

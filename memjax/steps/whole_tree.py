@@ -11,6 +11,7 @@ import optax
 
 from memjax import transforms, weights
 from memjax.steps import clipping, micro_batches
+from memjax.steps.slices import STACK
 
 
 def init_state(init_params, transform: optax.GradientTransformation, key):
@@ -63,7 +64,7 @@ def make_train_step(
     if clip_norm is not None and clip_by == 'global':
       grads = clipping.by_norm(grads, norm, clip_norm)
     elif clip_norm is not None:
-      grads = clipping.by_group(grads, clip_norm, stack='blocks')
+      grads = clipping.by_group(grads, clip_norm, stack=STACK)
     updates, opt = transform.update(grads, state['opt'], dense)
     key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
     params = transforms.apply_updates(state['params'], updates, key)

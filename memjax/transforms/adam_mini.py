@@ -5,7 +5,6 @@ Shapes in this file: a leaf of any shape is cut into equal blocks, such as the c
 so that the parameter's sharding is its own; leading axes are batch and never averaged over.
 """
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from memjax.transforms import explicit, units
+from memjax.transforms.bias import bias
 from memjax.transforms.float32 import in_float32
 
 # (slash path, leaf) -> shape of one block: as many sizes as the leaf has axes, each a divisor.
@@ -205,13 +205,6 @@ def adam_mini(
     optax.scale_by_learning_rate(learning_rate),
   )
   return in_float32(steps)
-
-
-def bias(decay, count):
-  """`1 - decay**count`; in f32 the difference itself would keep five digits for 0.999."""
-  if isinstance(decay, jax.Array):
-    return -jnp.expm1(count * jnp.log(decay))
-  return -jnp.expm1(count * math.log(decay)) if decay > 0 else 1.0
 
 
 def _check(path, leaf, block):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.transforms.bases import PRECISION
+from memjax.transforms.units import at_least_float32
 
 # Names under which optax's transforms keep their moments, and how those depend on the gradient.
 KINDS = {
@@ -25,7 +26,7 @@ def rotate(moment, kind: str, turn_left, turn_right):
   The square of a rotated gradient is not a function of the squares. Its expectation under
   independent coordinates is: the squared entries of the turn, which keep it nonnegative.
   """
-  rotated = moment.astype(jnp.promote_types(moment.dtype, jnp.float32))
+  rotated = moment.astype(at_least_float32(moment))
   for turn, axis in ((turn_left, 0), (turn_right, 1)):
     if turn is not None:
       turn = jnp.square(turn) if kind == 'square' else turn

@@ -32,6 +32,7 @@ from memjax.transforms.targets import (
   first_in_leaf,
   plan_leaves,
 )
+from memjax.transforms.units import at_least_float32
 
 
 class ProjectState(NamedTuple):
@@ -206,7 +207,7 @@ def project(
     for i, plan in enumerate(plans):
       if plan.projected:
         back = lambda x, i=i: _back(impose(plans[i], x), left[i], right[i])
-        wide = gradients[i].astype(_dtype(gradients[i]))
+        wide = gradients[i].astype(at_least_float32(gradients[i]))
         arguments = plan, scale, back, wide, reduced[i], answers[i]
         outputs[i], withouts[i] = lift.split(*arguments)
     if lift.outside is not None:
@@ -291,17 +292,13 @@ def _check_projected(params, basis, lift):
     raise ValueError('projected=True knows the leaves by their parameters: pass params to update')
 
 
-def _dtype(leaf):
-  return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def _projected_zeros(plan: Plan, leaf):
   """What `inner` sees of a leaf at init: zeros of the projected shape, or of the leaf's own."""
   if not plan.projected:
-    return jnp.zeros_like(leaf, dtype=_dtype(leaf))
+    return jnp.zeros_like(leaf, dtype=at_least_float32(leaf))
   *batch, m, n = leaf.shape
   shape = (*batch, plan.rank if plan.left else m, plan.rank if plan.right else n)
-  return explicit.lay_out_like(jnp.zeros(shape, _dtype(leaf)), leaf)
+  return explicit.lay_out_like(jnp.zeros(shape, at_least_float32(leaf)), leaf)
 
 
 def _only_projected(plans, leaves, treedef):
@@ -323,7 +320,7 @@ def _start(plan: Plan, leaf, ways: Ways, refresh_every) -> Held:
 
 def _identity(leaf, shape, axis, ways):
   # Finite and orthonormal, and `subspace_iteration` knows by it that it starts cold.
-  identity = jnp.eye(*shape, dtype=_dtype(leaf))
+  identity = jnp.eye(*shape, dtype=at_least_float32(leaf))
   identity = jnp.broadcast_to(identity, (*leaf.shape[:-2], *shape))
   return tuple(explicit.lay_out_like(part, leaf) for part in ways.storage.pack(identity, axis))
 
@@ -380,13 +377,13 @@ def _basis(clock: Clock, parts, gradient, basis: Basis, seed, axis):
   units = clock.first + jnp.arange(plan.units, dtype=jnp.int32)
   address = Address(plan.path, axis, seed, intervals.refreshes_before(clock), units)
   drawn = basis.draw(address, (*gradient.shape[:-2], gradient.shape[axis], plan.rank))
-  drawn = drawn.astype(_dtype(gradient))
+  drawn = drawn.astype(at_least_float32(gradient))
   return drawn if axis == -2 else drawn.mT
 
 
 def _project(gradient, left, right):
   """`[..., m, n]` to `[..., r, n]`, `[..., m, r]` or `[..., r, r]`; others as they are, in f32."""
-  gradient = gradient.astype(_dtype(gradient))
+  gradient = gradient.astype(at_least_float32(gradient))
   if left is not None:
     gradient = left.mT @ gradient
   if right is not None:

@@ -14,6 +14,7 @@ from memjax.transforms import moments as moments_lib
 from memjax.transforms.bases import PRECISION, Basis
 from memjax.transforms.intervals import Clock, Interval
 from memjax.transforms.storage import Storage, unpack
+from memjax.transforms.units import at_least_float32
 
 
 class Held(NamedTuple):
@@ -62,7 +63,7 @@ def refresh(ways: Ways, clock: Clock, gradient, held: Held, kinds: dict, key, wh
   def body(step, carry):
     unit = step if order is None else order[step]
     mine = jax.tree.map(lambda x: x[unit], carry)
-    matrix = stacked[unit].astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    matrix = stacked[unit].astype(at_least_float32(gradient))
     noise = jax.random.fold_in(fold_in_path(key, plan.path), clock.first + unit)
     renew = lambda parts, axis: _renew(ways, clock.count, matrix, parts, axis, noise)
     left, right, turns, pair = mine.left, mine.right, [None, None], None

@@ -30,6 +30,7 @@ import optax
 from memjax.naming import path_string
 from memjax.transforms.project import ProjectState
 from memjax.transforms.storage import PackedBases, unpack
+from memjax.transforms.units import at_least_float32
 
 
 def refresh_subspace(
@@ -77,7 +78,7 @@ def project_gradient(grads: Any, state: Any) -> Any:
 
   def reduce(path, leaf):
     path = path_string(path)
-    leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    leaf = leaf.astype(at_least_float32(leaf))
     if path in left:
       leaf = left[path].mT @ leaf
     if path in right:
