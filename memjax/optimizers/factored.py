@@ -1,7 +1,7 @@
 """Optimizers whose second moment is factored into rows and columns."""
 
 from memjax import transforms
-from memjax.optimizers.low_rank import BASES
+from memjax.optimizers.low_rank import basis_of
 from memjax.optimizers.masks import decays
 
 
@@ -78,8 +78,6 @@ def galore_adafactor(
   """Adafactor in GaLore's subspace (Zhao et al., 2024); see `memjax.galore_adafactor`. No momentum
   if it is 0; `targets` is a regex on leaf paths, '' the published choice.
   """
-  if basis not in BASES:
-    raise ValueError(f'basis {basis!r} does not exist; there are {", ".join(BASES)}')
   return transforms.galore_adafactor(
     learning_rate,
     rank,
@@ -88,7 +86,7 @@ def galore_adafactor(
     momentum=momentum or None,
     side=side,
     refresh_every=refresh_every,
-    basis=BASES[basis](),
+    basis=basis_of(basis),
     scale=scale,
     stagger=stagger,
     targets=targets or None,

@@ -39,7 +39,7 @@ def galore(
     refresh_every=refresh_every,
     scale=scale,
     side=side,
-    basis=_basis(basis),
+    basis=basis_of(basis),
     moments=moments,
     stagger=stagger,
     weight_decay=weight_decay,
@@ -74,7 +74,7 @@ def apollo(
     eps=eps,
     by=by,
     refresh_every=refresh_every,
-    basis=_basis(basis),
+    basis=basis_of(basis),
     scale=scale,
     stagger=stagger,
     weight_decay=weight_decay,
@@ -135,7 +135,7 @@ def fira(
     b2=b2,
     eps=eps,
     refresh_every=refresh_every,
-    basis=_basis(basis),
+    basis=basis_of(basis),
     scale=scale,
     moments=moments,
     stagger=stagger,
@@ -172,7 +172,7 @@ def golore(
     b2=b2,
     eps=eps,
     refresh_every=refresh_every,
-    basis=_basis(basis),
+    basis=basis_of(basis),
     scale=scale,
     moments=moments,
     stagger=stagger,
@@ -216,7 +216,7 @@ def q_galore(
     refresh_every=refresh_every,
     interval=transforms.lazy(threshold, growth, history),
     storage=transforms.packed(bits),
-    basis=_basis(basis),
+    basis=basis_of(basis),
     scale=scale,
     side=side,
     stagger=stagger,
@@ -227,7 +227,8 @@ def q_galore(
   )
 
 
-def _basis(name):
+def basis_of(name):
+  """Returns how bases are found, by name."""
   if name not in BASES:
     raise ValueError(f'basis {name!r} does not exist; there are {", ".join(BASES)}')
   return BASES[name]()

@@ -3,7 +3,7 @@
 import optax
 
 from memjax import transforms
-from memjax.optimizers.low_rank import BASES
+from memjax.optimizers.low_rank import basis_of
 from memjax.optimizers.masks import decays
 
 
@@ -22,8 +22,7 @@ def adamw8bit(
   """AdamW with 8-bit moments (Dettmers et al., 2022), 2.03 bytes a parameter; see
   `memjax.quantize_state`.
   """
-  inner = optax.scale_by_adam(b1, b2, eps)
-  moments = transforms.quantize_state(inner, 8, kind, block_size, min_size=min_size, layout=layout)
+  moments = _adam(8, b1, b2, eps, kind, block_size, min_size, layout)
   return _decayed(moments, learning_rate, weight_decay)
 
 
@@ -40,8 +39,7 @@ def adam4bit(
   layout=None,
 ):
   """AdamW with 4-bit moments (Li et al., 2023), 1.06 bytes a parameter."""
-  inner = optax.scale_by_adam(b1, b2, eps)
-  moments = transforms.quantize_state(inner, 4, kind, block_size, min_size=min_size, layout=layout)
+  moments = _adam(4, b1, b2, eps, kind, block_size, min_size, layout)
   return _decayed(moments, learning_rate, weight_decay)
 
 
@@ -86,11 +84,11 @@ def galore8bit(
   4.
   """
   projected = transforms.project(
-    _adam8bit(b1, b2, eps, kind, block_size, min_size, layout),
+    _adam(8, b1, b2, eps, kind, block_size, min_size, layout),
     rank,
     side=side,
     refresh_every=refresh_every,
-    basis=_basis(basis),
+    basis=basis_of(basis),
     scale=scale,
     stagger=stagger,
     targets=targets or transforms.default_targets,
@@ -127,11 +125,11 @@ def q_galore8bit(
   return transforms.q_galore(
     learning_rate,
     rank,
-    inner=_adam8bit(b1, b2, eps, kind, block_size, min_size, layout),
+    inner=_adam(8, b1, b2, eps, kind, block_size, min_size, layout),
     refresh_every=refresh_every,
     interval=transforms.lazy(threshold, growth, history),
     storage=transforms.packed(bits),
-    basis=_basis(basis),
+    basis=basis_of(basis),
     scale=scale,
     side=side,
     stagger=stagger,
@@ -162,7 +160,7 @@ def apollo_mini8bit(
   """
   return transforms.apollo_mini(
     learning_rate,
-    inner=_adam8bit(b1, b2, eps, kind, block_size, min_size, layout),
+    inner=_adam(8, b1, b2, eps, kind, block_size, min_size, layout),
     refresh_every=refresh_every,
     scale=scale,
     weight_decay=weight_decay,
@@ -172,15 +170,9 @@ def apollo_mini8bit(
   )
 
 
-def _adam8bit(b1, b2, eps, kind, block_size, min_size, layout):
+def _adam(bits, b1, b2, eps, kind, block_size, min_size, layout):
   inner = optax.scale_by_adam(b1, b2, eps)
-  return transforms.quantize_state(inner, 8, kind, block_size, min_size=min_size, layout=layout)
-
-
-def _basis(name):
-  if name not in BASES:
-    raise ValueError(f'basis {name!r} does not exist; there are {", ".join(BASES)}')
-  return BASES[name]()
+  return transforms.quantize_state(inner, bits, kind, block_size, min_size=min_size, layout=layout)
 
 
 def _decayed(scaled, learning_rate, weight_decay):
