@@ -1,5 +1,7 @@
 """Clipping gradients by their norm: all together, or layer by layer."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,44 @@ def check(clip_by: str) -> None:
   """Raises a `ValueError` for a way of clipping that does not exist."""
   if clip_by not in KINDS:
     raise ValueError(f'clip_by {clip_by!r} does not exist; there are {", ".join(KINDS)}')
+
+
+def clipped(walk: Callable, last, carry: dict, use: Callable, clip_norm, clip_by: str):
+  """Runs a backward pass whose gradients are clipped before they are used.
+
+  Clipping by the norm of all gradients together takes another pass before it, which only measures.
+
+  Args:
+    walk: `walk(last, carry, use) -> (loss, carry)`, the pass.
+    last: Hidden states after the last block.
+    carry: Dict; its `square` is the sum of squares f32[] so far.
+    use: `use(carry, grads, *where) -> carry`.
+    clip_norm: Largest norm; None does not clip.
+    clip_by: 'global' or 'layer'.
+
+  Returns:
+    The mean loss f32[], and the last carry.
+  """
+
+  def measure(carry, grads, *where):
+    del where
+    return {**carry, 'square': carry['square'] + square(grads)}
+
+  total = None
+  if clip_norm is not None and clip_by == 'global':
+    _, measured = walk(last, carry, measure)
+    # Without the barrier both passes would share the head's gradient, and keep it in between.
+    last, total = jax.lax.optimization_barrier((last, jnp.sqrt(measured['square'])))
+
+  def clip_and_use(carry, grads, *where):
+    carry = measure(carry, grads)
+    if total is not None:
+      grads = by_norm(grads, total, clip_norm)
+    elif clip_norm is not None:
+      grads = by_group(grads, clip_norm)
+    return use(carry, grads, *where)
+
+  return walk(last, carry, clip_and_use)
 
 
 def square(tree) -> jax.Array:

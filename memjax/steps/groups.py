@@ -103,24 +103,13 @@ def make_train_step(
     opt = treedef.flatten_up_to(state['opt'])
     carry = {'square': jnp.float32(0), 'params': state['params'], 'opt': opt}
 
-    def measure(carry, grads, index, turn):
-      del index, turn
-      return {**carry, 'square': carry['square'] + clipping.square(grads)}
-
-    total = None
-    if clip_norm is not None and clip_by == 'global':
-      _, measured = backward(task, active, last, inputs, carry, measure)
-      last, total = lax.optimization_barrier((last, jnp.sqrt(measured['square'])))
+    def walk(last, carry, use):
+      return backward(task, active, last, inputs, carry, use)
 
     def update(carry, grads, index, turn):
-      carry = measure(carry, grads, index, turn)
-      if total is not None:
-        grads = clipping.by_norm(grads, total, clip_norm)
-      elif clip_norm is not None:
-        grads = clipping.by_group(grads, clip_norm)
       return advance(carry, grads, index, index if rotation.keep else turn)
 
-    loss, carry = backward(task, active, last, inputs, carry, update)
+    loss, carry = clipping.clipped(walk, last, carry, update, clip_norm, clip_by)
     metrics = {'train/loss': loss, 'train/grad_norm': jnp.sqrt(carry['square'])}
     params, opt = carry['params'], treedef.unflatten(carry['opt'])
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, metrics

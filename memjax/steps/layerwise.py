@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from memjax import transforms, weights
 from memjax.naming import path_string
@@ -85,25 +84,10 @@ def make_train_step(
     last, inputs = forward(task, state['params'])
     carry = {'square': jnp.float32(0), 'params': state['params'], 'opt': opt}
 
-    def measure(carry, grads, index):
-      del index
-      return {**carry, 'square': carry['square'] + clipping.square(grads)}
+    def walk(last, carry, use):
+      return backward(task, last, inputs, carry, use)
 
-    total = None
-    if clip_norm is not None and clip_by == 'global':
-      _, measured = backward(task, last, inputs, carry, measure)
-      # Without the barrier both passes would share the head's gradient, and keep it in between.
-      last, total = lax.optimization_barrier((last, jnp.sqrt(measured['square'])))
-
-    def update(carry, grads, index):
-      carry = measure(carry, grads, index)
-      if total is not None:
-        grads = clipping.by_norm(grads, total, clip_norm)
-      elif clip_norm is not None:
-        grads = clipping.by_group(grads, clip_norm)
-      return advance(carry, grads, index)
-
-    loss, carry = backward(task, last, inputs, carry, update)
+    loss, carry = clipping.clipped(walk, last, carry, advance, clip_norm, clip_by)
     metrics = {'train/loss': loss, 'train/grad_norm': jnp.sqrt(carry['square'])}
     params, opt = carry['params'], treedef.unflatten(carry['opt'])
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, metrics
