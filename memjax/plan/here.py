@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from memjax import build, sharding
-from memjax.plan import collectives, memory, program
+from memjax.plan import memory, program
 from memjax.plan.receipt import GIB, receipt
 
 TRIES = 8  # Compiles in search of a way out.
@@ -28,33 +28,22 @@ def compile_here(config: ConfigDict, parts: build.Parts):
   started = time.monotonic()
   mesh = jax.tree.leaves(parts.state)[0].sharding.mesh
   device = mesh.local_devices[0]  # Of another process it would tell nothing.
-  limit, message = memory.limit_bytes(device), None
-  lowered = parts.step.lower(parts.state, parts.batch)
-  host = memory.host_bytes(parts.state, parts.batch)
-  try:
-    step = lowered.compile()
+  limit = memory.limit_bytes(device)  # Before the compiler takes its own.
+  step, found = program.compile_lowered(parts.step.lower(parts.state, parts.batch))
+  if step is not None:
     memory.check_donated(step, parts.state)
-    sizes, moved = memory.of_compiled(step), collectives.count(step.as_text())
-    peak = memory.device_peak(sizes, device.platform, host)
-  except jax.errors.JaxRuntimeError as e:
-    if (found := program.read_out_of_memory(str(e))) is None:
-      raise
-    (peak, limit), step, sizes, moved, message = found, None, {}, {}, str(e)[: program.MESSAGE]
+  host = memory.host_bytes(parts.state, parts.batch)
   report = {
     'target': device.device_kind,
     'platform': device.platform,
     'devices': mesh.size,
-    'fits': None if limit is None else peak <= limit,
-    'limit_bytes': limit,
-    'peak_bytes': peak,
+    **program.verdict(found, limit, device.platform, host),
     'host_bytes': host,
     'parts': memory.argument_parts(parts.state, parts.batch),
     'gradients': program.gradients(config, parts.state),
-    'compiled': sizes,
-    'collectives': moved,
-    'compile_seconds': time.monotonic() - started,
+    **found,
+    'compile_seconds': time.monotonic() - started,  # Tracing included.
     'cached': False,
-    'message': message,
   }
   return step, receipt(report)
 

@@ -77,14 +77,15 @@ def _answer(job: dict) -> dict:
   host = memory.host_bytes(intended)
   entry = _entry(job.get('cache_dir'), target, lowered.as_text())
   cached = entry is not None and entry.is_file()
-  found = json.loads(entry.read_text()) if cached else _compile(lowered, target)
+  options = _FAST if target.platform == 'gpu' else None
+  found = json.loads(entry.read_text()) if cached else compile_lowered(lowered, options)[1]
   if entry is not None and not cached:
     _write(entry, found)
   answer = {
     'target': target.name,
     'platform': target.platform,
     'devices': target.devices,
-    **_verdict(found, target, devices[0].platform, host),
+    **verdict(found, target.limit_bytes, devices[0].platform, host),
     'host_bytes': host,
     **sizes,
     **found,
@@ -114,9 +115,11 @@ def gradients(config: ConfigDict, state) -> int:
   return memory.gradient_bytes(state, accumulate=config.accumulate, layerwise=layerwise)
 
 
-def _compile(lowered, target) -> dict:
-  """What only the compiler knows of a program; a TPU's compiler refuses what does not fit."""
-  options = _FAST if target.platform == 'gpu' else None
+def compile_lowered(lowered, options=None) -> tuple:
+  """Returns the compiled program, and what only the compiler knows of it, for `verdict`.
+
+  A TPU's compiler refuses what does not fit; then the program is None.
+  """
   started = time.monotonic()
   try:
     compiled = lowered.compile(compiler_options=options)
@@ -125,10 +128,10 @@ def _compile(lowered, target) -> dict:
       raise
     found = {'needs_bytes': sizes[0], 'limit_bytes': sizes[1], 'message': str(e)[:MESSAGE]}
     empty = {'compiled': {}, 'collectives': {}, 'loops_counted_once': []}
-    return found | empty | {'compile_seconds': time.monotonic() - started}
+    return None, found | empty | {'compile_seconds': time.monotonic() - started}
   seconds = time.monotonic() - started
   text = compiled.as_text()
-  return {
+  return compiled, {
     'compiled': memory.of_compiled(compiled),
     'collectives': collectives.count(text),
     'loops_counted_once': collectives.unknown_loops(text),
@@ -151,9 +154,11 @@ def read_out_of_memory(message: str) -> tuple[int, int] | None:
   return None
 
 
-def _verdict(found, target, platform, host) -> dict:
-  """Whether it fits, going by device memory alone."""
-  limit = found.pop('limit_bytes', target.limit_bytes)
+def verdict(found: dict, limit: int | None, platform: str, host: int) -> dict:
+  """Returns whether it fits, going by device memory alone; takes from `found`, what
+  `compile_lowered` knows, the figures of a refusal.
+  """
+  limit = found.pop('limit_bytes', limit)
   if (needs := found.pop('needs_bytes', None)) is not None:
     return {'fits': False, 'limit_bytes': limit, 'peak_bytes': needs}
   peak = memory.device_peak(found['compiled'], platform, host)
