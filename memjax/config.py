@@ -17,6 +17,7 @@ types cannot.
 """
 
 import ast
+import os
 import pathlib
 import re
 import runpy
@@ -141,6 +142,12 @@ def run_name(spec: str) -> str:
   """
   path, _, arg = spec.partition(':')
   return re.sub(r'[^\w.-]', '', '-'.join([pathlib.Path(path).stem, *filter(None, arg.split(','))]))
+
+
+def user_cache() -> pathlib.Path:
+  """Returns memjax's folder in the user's cache, where runs share what is made once."""
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(cache) / 'memjax'
 
 
 def parse_arg(arg: str, **defaults):

@@ -64,7 +64,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
 
     # ---- The compiled step, and the memory it needs. Only a run that fits claims the directory:
     # what makes another fit is another config.
-    step, receipt = compile_step(config, parts)
+    step, receipt = plan.compile_here(config, parts)
     say(plan.table([receipt], 'Memory of one training step'))
     plan.check_fits(config, receipt, mesh.devices.flat, say)
     workdir.record(directory, config, dataset)
@@ -157,11 +157,6 @@ def read_evaluation(directory: pathlib.Path, step: int) -> dict[int, dict]:
   return {step: found[0] if found else {}}
 
 
-def compile_step(config: ConfigDict, parts: build_lib.Parts):
-  """Compiles the training step; returns it with its receipt, see `memjax.plan.receipt`."""
-  return plan.compile_here(config, parts)
-
-
 def log(finished: int, values: dict, schedule, writer, progress) -> None:
   """Writes one line of metrics; waits for the step."""
   check_finite(finished, values)
@@ -224,9 +219,7 @@ def load_data(config: ConfigDict, vocab_size: int):
   """Returns the dataset of a config; see `memjax.data.load`."""
   from memjax import data  # Libraries for text are loaded by those who train on it.
 
-  cache = config.data.cache_dir or os.path.join(
-    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'memjax'
-  )
+  cache = config.data.cache_dir or config_lib.user_cache()
   return data.load(
     config.data.sources,
     config.data.tokenizer,

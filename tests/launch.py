@@ -151,7 +151,7 @@ def _arm(moment, send):
   if kind == 'data':
     _wrap(memjax.train, 'load_data', before=lambda *_: send())
   if kind == 'compile':
-    _wrap(memjax.train, 'compile_step', before=lambda *_: send())
+    _wrap(memjax.plan, 'compile_here', before=lambda *_: send())
 
 
 class _Finder:

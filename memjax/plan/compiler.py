@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 
+from memjax import config as config_lib
 from memjax.plan import program, targets
 
 CHILD = [sys.executable, '-m', 'memjax.plan.worker']
@@ -75,8 +76,7 @@ def config_job(config, target: str) -> dict:
 
 def default_cache_dir() -> pathlib.Path:
   """Returns the directory where finished compiles are kept."""
-  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return pathlib.Path(cache) / 'memjax' / 'plan'
+  return config_lib.user_cache() / 'plan'
 
 
 class _Children:
