@@ -8,27 +8,9 @@ import pytest
 
 from memjax import compat
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures('svd_with_signs')]
 
 STEPS = 24
-
-
-@pytest.fixture
-def torch(monkeypatch):
-  """PyTorch, with the signs of singular vectors fixed: LAPACK leaves them open."""
-  torch = pytest.importorskip('torch')
-  exact = torch.linalg.svd
-
-  def signs(vectors):
-    largest = vectors.abs().argmax(dim=0, keepdim=True)
-    return torch.sign(torch.take_along_dim(vectors, largest, dim=0))
-
-  def svd(matrix, full_matrices=False):
-    u, s, vh = exact(matrix, full_matrices=full_matrices)
-    return u * signs(u), s, vh * signs(vh.T).T
-
-  monkeypatch.setattr(torch.linalg, 'svd', svd)
-  return torch
 
 
 def _gradients(shape):

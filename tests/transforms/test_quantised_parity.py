@@ -24,27 +24,6 @@ SHAPES = {
 
 
 @pytest.fixture
-def torch():
-  return pytest.importorskip('torch')
-
-
-@pytest.fixture
-def svd_with_signs(torch, monkeypatch):
-  """The signs of singular vectors, which LAPACK leaves open: a map without a -1 sees them."""
-  exact = torch.linalg.svd
-
-  def signs(vectors):
-    largest = vectors.abs().argmax(dim=0, keepdim=True)
-    return torch.sign(torch.take_along_dim(vectors, largest, dim=0))
-
-  def svd(matrix, full_matrices=False):
-    u, s, vh = exact(matrix, full_matrices=full_matrices)
-    return u * signs(u), s, vh * signs(vh.T).T
-
-  monkeypatch.setattr(torch.linalg, 'svd', svd)
-
-
-@pytest.fixture
 def bnb(torch, monkeypatch):
   """bitsandbytes, rounding by its PyTorch reference: its CPU kernel's look-up table does not."""
   bnb = pytest.importorskip('bitsandbytes')
