@@ -10,7 +10,8 @@ import signal
 
 # Until training starts there is nothing to save; sys.exit could be swallowed by an import.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
+# The threads of LAPACK, waiting busily between factorisations, would slow XLA's on a CPU.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402

@@ -11,8 +11,12 @@ Prints ratios of times, measured in turns in one process, as other work on the m
     python benchmarks/galore_step.py            # minutes on two cores
 """
 
+import os
 import statistics
 import time
+
+# The threads of LAPACK, waiting busily between factorisations, would slow XLA's. Both sides gain.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 import jax
 import jax.numpy as jnp

@@ -75,16 +75,23 @@ def subspace_iteration(iterations: int = 2, cold_iterations: int = 4) -> Basis:
   def refresh(gradient, previous, key, count=None):
     del count
     (_, n), rank = gradient.shape, previous.shape[1]
-    noise = jax.random.rademacher(key, (n, rank), previous.dtype)
     cold = jnp.array_equal(previous, jnp.eye(*previous.shape, dtype=previous.dtype))
+    steps = jnp.where(cold, cold_iterations, iterations)
 
     def iterate(step, basis):
-      right = jnp.where(cold & (step == 0), noise, gradient.T @ basis)
+      right = lax.cond(
+        cold & (step == 0),
+        lambda: jax.random.rademacher(key, (n, rank), previous.dtype),
+        lambda: gradient.T @ basis,
+      )
       # Where the gradient has fewer than r independent directions, the old ones stay: in exact
-      # arithmetic basis^T G G^T basis is positive semi-definite, and cancels none of them.
-      return orthonormalise(gradient @ _unit_scale(right), fill=basis)
+      # arithmetic basis^T G G^T basis is positive semi-definite, and cancels none of them. Between
+      # iterations two passes will do, which keep the columns apart; the last has to make them
+      # orthonormal.
+      passes = jnp.where(step == steps - 1, 4, 2)
+      return orthonormalise(gradient @ _unit_scale(right), fill=basis, passes=passes)
 
-    basis = lax.fori_loop(0, jnp.where(cold, cold_iterations, iterations), iterate, previous)
+    basis = lax.fori_loop(0, steps, iterate, previous)
     return jnp.where(jnp.any(gradient != 0), basis, previous)
 
   return Basis(refresh)
