@@ -27,7 +27,7 @@ def parser(program: str, config, optional: Callable[[], bool] = lambda: False):
       if len(remaining) > 1:
         raise SystemExit(f'{program}: unknown argument {remaining[1]!r}; options begin with --')
       return remaining
-    except (flags.Error, AttributeError, KeyError, OSError) as e:
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
       raise SystemExit(f'{program}: {_say_better(argv) or e}') from None
 
   return parse

@@ -274,6 +274,7 @@ def test_tensorboard_shows_each_step_once_after_every_accident(ordeal, name):
   [
     (launch.SMOKE, ['--config.setps=3'], "no field 'setps'; the nearest is 'steps'"),
     (launch.SMOKE, ['--config.mesh.dat=2'], "no field 'mesh.dat'; the nearest is 'data'"),
+    (launch.SMOKE, ['--config.seed.x=2'], 'what is before .x is a single field'),
     (launch.SMOKE, ['--config.steps=abc'], '--config.steps=abc'),
     ('configs/quickstart.py:smok', [], "no argument 'smok'; the nearest is 'smoke'"),
     ('configs/quickstrat.py', [], "there is no config file 'configs/quickstrat.py'"),

@@ -166,19 +166,19 @@ def fix_signs(basis):
   return basis * jnp.sign(jnp.take_along_axis(basis, largest, axis=0))
 
 
-def orthonormalise(tall, fill, passes: int = 3):
+def orthonormalise(tall, fill):
   """Gives `tall` `[m, r]` orthonormal columns with the same leading spans, by Cholesky-QR.
 
   Only the Gram matrix `[r, r]` is factorised. `fill` `[m, r]` supplies directions that `tall` has
   not got; it enters at 1e-6, just above the rounding errors of an f32 product. A shifted pass
-  raises a small singular value about a hundredfold and leaves the large ones at 1, so that after
-  three the last needs no shift. Their number is fixed and not "until converged": a loop with
+  raises a small singular value at least a hundredfold and leaves the large ones at 1, so that after
+  two the third needs no shift. Their number is fixed and not "until converged": a loop with
   collectives inside must run equally often on every device of a mesh.
   """
   tall = _unit_scale(tall) + 1e-6 * fill
   # A loop and not three copies: a program holds one factorisation a leaf and side, and compiles
   # faster.
-  return lax.fori_loop(0, passes, lambda _, tall: _cholesky_qr(tall), tall)
+  return lax.fori_loop(0, 3, lambda _, tall: _cholesky_qr(tall), tall)
 
 
 def _cholesky_qr(tall):
