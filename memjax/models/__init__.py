@@ -2,5 +2,6 @@
 
 from memjax.models.create import PRESETS, create
 from memjax.models.llama import Llama
+from memjax.models.opt import OPT
 
-__all__ = ['PRESETS', 'Llama', 'create']
+__all__ = ['OPT', 'PRESETS', 'Llama', 'create']

@@ -61,18 +61,38 @@ class Attention(nnx.Module):
     query, key = jax.lax.optimization_barrier(
       (rotate(query, positions, frequency), rotate(key, positions, frequency))
     )
-    query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
-    value = checkpoint_name(value, 'value')
-    y = jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      mask=None if mask is None else mask[:, None, None, :],
-      is_causal=True,
-      implementation=choose(self.implementation, query.dtype, self.head_dim, mask is not None),
-    )
-    y = checkpoint_name(y.reshape(batch, length, self.heads * self.head_dim), 'attention')
+    y = attend(query, key, value, mask, self.implementation)
     return self.o(y)
+
+
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array | None,
+  implementation: str,
+) -> jax.Array:
+  """Returns what the heads read from earlier tokens, side by side: `[B, T, N H]`.
+
+  Args:
+    query: `[B, T, N, H]`.
+    key: `[B, T, K, H]`.
+    value: `[B, T, K, H]`.
+    mask: `bool[B, T]`, tokens that may be attended to; None for all.
+    implementation: One of `IMPLEMENTATIONS`.
+  """
+  query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
+  value = checkpoint_name(value, 'value')
+  batch, length, heads, width = query.shape
+  y = jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    mask=None if mask is None else mask[:, None, None, :],
+    is_causal=True,
+    implementation=choose(implementation, query.dtype, width, mask is not None),
+  )
+  return checkpoint_name(y.reshape(batch, length, heads * width), 'attention')
 
 
 def choose(implementation: str, dtype: jnp.dtype, head_dim: int, masked: bool = False) -> str:

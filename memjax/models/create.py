@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Any
 
+from memjax.models import presets
 from memjax.models.llama import Llama
-from memjax.models.presets import LLAMA
+from memjax.models.opt import OPT
 from memjax.naming import nearest
 
 # Name -> model family, and the fields that make the size.
-PRESETS = {name: (Llama, fields) for name, fields in LLAMA.items()}
+PRESETS = {
+  **{name: (Llama, fields) for name, fields in presets.LLAMA.items()},
+  **{name: (OPT, fields) for name, fields in presets.OPT.items()},
+}
 
 
-def create(name: str, **overrides: Any) -> Llama:
+def create(name: str, **overrides: Any) -> Llama | OPT:
   """Returns the model called `name`, a description that allocates nothing.
 
   Args:

@@ -12,13 +12,17 @@ from memjax.models.module import declare
 
 
 class Linear(nnx.Module):
-  """`[..., m] -> [..., n]`, without bias."""
+  """`[..., m] -> [..., n]`, with or without bias."""
 
-  def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype):
+  def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, bias: bool = False):
     self.kernel = declare(inputs, outputs, dtype=dtype)
+    if bias:
+      self.bias = declare(outputs, dtype=dtype)
+    self.biased = bias
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return weights.dot(x, self.kernel.get_value())
+    y = weights.dot(x, self.kernel.get_value())
+    return _add_row(y, self.bias.get_value()) if self.biased else y
 
 
 class Embed(nnx.Module):
@@ -49,6 +53,33 @@ class RMSNorm(nnx.Module):
     return (y * scale[None, None, :]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+  """Norm of `[B, T, D]` over its last axis, with scale and bias, in f32 (Ba et al., 2016)."""
+
+  def __init__(self, hidden: int, eps: float, dtype: jnp.dtype):
+    self.scale = declare(hidden, dtype=dtype)
+    self.bias = declare(hidden, dtype=dtype)
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = weights.materialize(self.scale.get_value()).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return _add_row(y * scale[None, None, :], self.bias.get_value()).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """`down(relu(up(x)))`, with biases."""
+
+  def __init__(self, hidden: int, intermediate: int, dtype: jnp.dtype):
+    self.up = Linear(hidden, intermediate, dtype, bias=True)
+    self.down = Linear(intermediate, hidden, dtype, bias=True)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.down(jax.nn.relu(self.up(x)))
+
+
 class GatedMLP(nnx.Module):
   """`down(silu(gate(x)) * up(x))`: SwiGLU (Shazeer, 2020)."""
 
@@ -59,3 +90,9 @@ class GatedMLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def _add_row(x: jax.Array, row) -> jax.Array:
+  """Adds a bias `[D]` to every row of `[..., D]`, in the dtype of `x`."""
+  row = weights.materialize(row).astype(x.dtype)
+  return x + jnp.expand_dims(row, range(x.ndim - 1))

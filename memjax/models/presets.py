@@ -1,4 +1,4 @@
-"""Sizes of published LLaMA-family models, as fields of `memjax.models.Llama`."""
+"""Sizes of published models, as fields of `memjax.models.Llama` and `memjax.models.OPT`."""
 
 from typing import Any
 
@@ -41,6 +41,13 @@ def _llama3(hidden, intermediate, heads, layers, *, stretch=None, tied=False):
   )
 
 
+def _opt(hidden, heads, layers, **fields):
+  """OPT (arXiv 2205.01068): every size has 2048 positions and an MLP four times as wide."""
+  return dict(
+    vocab=50_272, hidden=hidden, intermediate=4 * hidden, heads=heads, layers=layers, **fields
+  )
+
+
 LLAMA: dict[str, dict[str, Any]] = {
   # For a first run on any machine (10.5M parameters), and for tests.
   'llama_quickstart': _galore(256, 688, 4, 8, vocab=8192),
@@ -78,4 +85,17 @@ LLAMA: dict[str, dict[str, Any]] = {
     rope_theta=100_000.0,
     tied=True,
   ),
+}
+
+OPT: dict[str, dict[str, Any]] = {
+  'opt_tiny': dict(vocab=512, hidden=64, intermediate=128, heads=4, layers=2, positions=128),
+  'opt_125m': _opt(768, 12, 12),
+  'opt_350m': _opt(1024, 16, 24, embed_dim=512, pre_norm=False),
+  'opt_1_3b': _opt(2048, 32, 24),
+  'opt_2_7b': _opt(2560, 32, 32),
+  'opt_6_7b': _opt(4096, 32, 32),
+  'opt_13b': _opt(5120, 40, 40),
+  'opt_30b': _opt(7168, 56, 48),
+  'opt_66b': _opt(9216, 72, 64),
+  'opt_175b': _opt(12_288, 96, 96),
 }
