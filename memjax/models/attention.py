@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from memjax.models import query_blocks
 from memjax.models.layers import Linear
 from memjax.models.rotary import RopeScaling, frequencies, rotate
 
@@ -18,7 +19,8 @@ IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
 class Attention(nnx.Module):
   """`[B, T, D] -> [B, T, D]`.
 
-  The 'xla' implementation holds scores `f32[B, N, T, T]` of one layer, 'cudnn' none.
+  The 'xla' implementation holds scores `f32[B, N, T, T]` of one layer, of a block of queries where
+  they are many (see `memjax.models.query_blocks`); 'cudnn' none.
   """
 
   def __init__(
@@ -84,14 +86,17 @@ def attend(
   query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
   value = checkpoint_name(value, 'value')
   batch, length, heads, width = query.shape
-  y = jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
-    mask=None if mask is None else mask[:, None, None, :],
-    is_causal=True,
-    implementation=choose(implementation, query.dtype, width, mask is not None),
-  )
+  if choose(implementation, query.dtype, width, mask is not None) == 'cudnn':
+    y = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      mask=None if mask is None else mask[:, None, None, :],
+      is_causal=True,
+      implementation='cudnn',
+    )
+  else:
+    y = query_blocks.attention(query, key, value, mask)
   return checkpoint_name(y.reshape(batch, length, heads * width), 'attention')
 
 

@@ -65,7 +65,7 @@ def attention(
 
 
 def _cut(query: jax.Array, number: int, size: int) -> jax.Array:
-  """Returns `[n, B, t, N, H]`; queries that are not there are zeros, and what they read is dropped."""
+  """Returns `[n, B, t, N, H]`, padded with zeros: what a padded query reads is dropped."""
   batch, length, *rest = query.shape
   query = jnp.pad(query, [(0, 0), (0, number * size - length), (0, 0), (0, 0)])
   return jnp.moveaxis(query.reshape(batch, number, size, *rest), 1, 0)

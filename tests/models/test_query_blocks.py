@@ -67,7 +67,7 @@ def test_gradients_of_keys_are_summed_in_float32():
 
 
 def test_scores_of_one_block_exist_at_once():
-  length, size = 256, 32
+  length, size = 512, 32
   arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draw(length)]
 
   def temporary(scores):
