@@ -5,6 +5,18 @@ low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model c
 """
 
 from memjax.weights.int8 import Int8, dense, quantise
+from memjax.weights.perturbed import LowRank, Perturbed
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take
 
-__all__ = ['Int8', 'Weight', 'dense', 'dot', 'is_weight', 'materialize', 'quantise', 'take']
+__all__ = [
+  'Int8',
+  'LowRank',
+  'Perturbed',
+  'Weight',
+  'dense',
+  'dot',
+  'is_weight',
+  'materialize',
+  'quantise',
+  'take',
+]

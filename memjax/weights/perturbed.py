@@ -1,0 +1,101 @@
+"""Weights plus noise that is never written: what a forward pass sees of `w + scale * z`.
+
+Shapes in this file: a weight is `[..., m, n]`, any leading axes one of layers; `r` is the rank of
+low-rank noise. Nothing here knows where keys come from, or which noise they give.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memjax.weights.weight import Weight, dot, materialize, take
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('value', 'key', 'scale'), meta_fields=('noise',)
+)
+@dataclasses.dataclass(frozen=True)
+class Perturbed:
+  """A weight plus dense noise, drawn wherever the weight is used and again the next time.
+
+  Costs the noise of one matrix of one layer while that is used, and of a lookup only that of the
+  rows looked up. The sum is formed in f32 and is rounded once, to the dtype of the product.
+
+  Attributes:
+    value: The weight: an array, or another `Weight`.
+    key: `u32[..., k]`, with the leading axis of layers if the weight is stacked.
+    scale: `f32[...]`, likewise; what the noise is multiplied by. A derivative with respect to it is
+      one along the noise.
+    noise: Has `draw(key, shape)` and `rows(key, ids, width)`, as `memjax.estimators.noise.Noise`;
+      hashable.
+  """
+
+  value: jax.Array | Weight
+  key: jax.Array
+  scale: jax.Array
+  noise: Any
+
+  def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
+    """Returns `x[..., m] @ (w + scale z)[m, n]`, or with the transpose, in `x.dtype`."""
+    return dot(x, self._sum(materialize(self.value)).astype(x.dtype), transpose)
+
+  def take(self, ids: jax.Array) -> jax.Array:
+    """Returns rows `ids` of the sum, drawing the noise of these alone."""
+    rows = take(self.value, ids)
+    noise = self.noise.rows(self.key, ids, rows.shape[-1])
+    return _add(rows, self.scale, noise).astype(rows.dtype)
+
+  def materialize(self) -> jax.Array:
+    """Returns the sum `[..., m, n]`, in the dtype of the weight."""
+    value = materialize(self.value)
+    return self._sum(value).astype(value.dtype)
+
+  def _sum(self, value):
+    return _add(value, self.scale, self.noise.draw(self.key, value.shape))
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('value', 'left', 'right', 'scale'), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """A weight plus a product of thin factors that is never formed: `x w + scale (x left) right^T`.
+
+  Attributes:
+    value: The weight: an array, or another `Weight`.
+    left: `f32[..., m, r]`.
+    right: `f32[..., n, r]`.
+    scale: `f32[...]`.
+  """
+
+  value: jax.Array | Weight
+  left: jax.Array
+  right: jax.Array
+  scale: jax.Array
+
+  def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
+    """Returns `x[..., m] @ w + scale (x @ left) @ right^T`, or with the transpose, in `x.dtype`."""
+    into, out = (self.right, self.left) if transpose else (self.left, self.right)
+    thin = dot(x, into) * self.scale.astype(x.dtype)
+    return dot(x, self.value, transpose) + dot(thin, out, transpose=True)
+
+  def take(self, ids: jax.Array) -> jax.Array:
+    """Returns rows `ids` of the sum."""
+    rows = take(self.value, ids)
+    return _add(rows, self.scale, dot(take(self.left, ids), self.right, True)).astype(rows.dtype)
+
+  def materialize(self) -> jax.Array:
+    """Returns the sum `[..., m, n]`, in the dtype of the weight."""
+    value = materialize(self.value)
+    product = jnp.einsum('...mr,...nr->...mn', self.left, self.right)
+    return _add(value, self.scale, product).astype(value.dtype)
+
+
+def _add(value, scale, noise):
+  """`value + scale * noise` in f32, or f64 if the value is."""
+  dtype = jnp.promote_types(value.dtype, jnp.float32)
+  scale = scale.astype(dtype).reshape(scale.shape + (1,) * (noise.ndim - scale.ndim))
+  return value.astype(dtype) + scale * noise.astype(dtype)
