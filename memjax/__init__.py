@@ -28,6 +28,7 @@ from memjax.transforms import fira as fira
 from memjax.transforms import galore as galore
 from memjax.transforms import galore_adafactor as galore_adafactor
 from memjax.transforms import golore as golore
+from memjax.transforms import keep_master as keep_master
 from memjax.transforms import lazy as lazy
 from memjax.transforms import limit_norm_growth as limit_norm_growth
 from memjax.transforms import muon as muon

@@ -48,7 +48,11 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
   layout = sharding.layout(params, dense_shardings)
   optimizer = lambda schedule: build_transform(config, schedule, layout, model.head_dim)
-  transform, rotation = optimizer(schedule), build_rotation(config, model.layers)
+  rotation = build_rotation(config, model.layers)
+  if rotation is None:
+    transform = optimizer(schedule)
+  else:
+    transform = groups.make_transform(optimizer, rotation, schedule)
 
   def init(key):
     if rotation is None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from memjax import weights
+from memjax import transforms, weights
 from memjax.steps import backward as passes
 from memjax.steps import clipping, held, layerwise, slices
 from memjax.steps.backward import EMBED
@@ -77,7 +77,8 @@ def make_train_step(
     accumulate: Micro-batches a batch is cut into; turns change between updates, never in between.
     clip_norm: Largest norm of the gradient of what trains; None does not clip.
     clip_by: `'global'` or `'layer'`, as in `layerwise`.
-    rounding_key: Root key of the stochastic rounding of 16-bit parameters; None rounds to nearest.
+    rounding_key: Root key of the stochastic rounding of 16-bit parameters; None rounds to nearest,
+      and so do rotations that train f32 copies.
     shardings: `NamedSharding`s of the training state. None leaves it to the compiler.
 
   Raises:
@@ -86,6 +87,7 @@ def make_train_step(
   clipping.check(clip_by)
   lay_out = layerwise.lay_out_like(shardings)
   learning_rate = rotation.learning_rate(schedule)
+  rounding_key = None if rotation.master else rounding_key
 
   def step(state, batch):
     rate = learning_rate(state['step'])
@@ -189,9 +191,15 @@ def _input_cotangent(task, layer, x, cotangent):
   return over_micro_batches(one, (x, cotangent), task.number)[1]
 
 
+def make_transform(optimizer: Optimizer, rotation: Rotation, schedule: optax.Schedule):
+  """Returns the transform whose state a rotation's steps hold."""
+  transform = optax.with_extra_args_support(optimizer(schedule))
+  return transforms.keep_master(transform) if rotation.master else transform
+
+
 def _plan(optimizer, rotation, params, rate=0.0):
   """The transform at a learning rate, where its state belongs, and the slots `S` of layers."""
-  transform = optax.with_extra_args_support(optimizer(lambda count: rate))
+  transform = make_transform(optimizer, rotation, lambda count: rate)
   size = slices.count_layers(params) if rotation.keep else rotation.size
   return transform, slices.plan(transform, params), size
 

@@ -25,6 +25,7 @@ class Rotation(NamedTuple):
   ends: bool  # Whether the embedding and the head ever train.
   keep: bool  # Whether a unit finds its state again at its next turn; else it starts anew.
   cycle: int  # Updates between two values of the learning rate.
+  master: bool = False  # Whether f32 copies of 16-bit parameters train while it is their turn.
 
   def learning_rate(self, schedule: optax.Schedule) -> optax.Schedule:
     """Returns `schedule`, advanced once a cycle.
@@ -78,8 +79,9 @@ def badam(
 ) -> Rotation:
   """BAdam: block coordinate descent, `every` updates of one block of `size` layers, then the next.
 
-  Each turn starts from fresh state. The embedding and the head stay as they are, or, with `ends`,
-  are blocks of their own.
+  Each turn starts from fresh state, and from an f32 copy of the block's 16-bit parameters, which
+  trains in their place: 4 bytes a parameter of one block. The embedding and the head stay as they
+  are, or, with `ends`, are blocks of their own.
 
   Args:
     layers: Layers `L`.
@@ -114,7 +116,7 @@ def badam(
       turn = jax.random.permutation(jax.random.fold_in(_root(key), round_), len(rows))[turn]
     return jnp.asarray(rows)[turn]
 
-  return Rotation(active, every, size, ends=ends, keep=False, cycle=1)
+  return Rotation(active, every, size, ends=ends, keep=False, cycle=1, master=True)
 
 
 def lisa(layers: int, *, size: int = 2, every: int = 20, keep: bool = False, key=None) -> Rotation:

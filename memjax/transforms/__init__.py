@@ -35,6 +35,8 @@ from memjax.transforms.lifts import back as back
 from memjax.transforms.lifts import rescale as rescale
 from memjax.transforms.lifts import residual as residual
 from memjax.transforms.limiter import limit_norm_growth as limit_norm_growth
+from memjax.transforms.master import KeepMasterState as KeepMasterState
+from memjax.transforms.master import keep_master as keep_master
 from memjax.transforms.muon import muon as muon
 from memjax.transforms.muon import scale_by_muon as scale_by_muon
 from memjax.transforms.project import ProjectState as ProjectState

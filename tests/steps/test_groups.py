@@ -78,6 +78,56 @@ def test_units_train_as_alone_in_their_turn(name):
   jax.tree.map(check, states[-1]['params'], reference(rotation, steps))
 
 
+class Half(Toy):
+  """Parameters in bfloat16, arithmetic in f32."""
+
+  def embed(self, params, tokens):
+    return super().embed(widen(params), tokens)
+
+  def block(self, layer, x):
+    return super().block(widen(layer), x)
+
+  def head_loss(self, params, x, targets, weights):
+    return super().head_loss(widen(params), x, targets, weights)
+
+
+def widen(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def test_badam_trains_an_f32_copy_of_its_block():
+  """Updates under the last place of bfloat16 add up within a turn; the next block starts anew."""
+  rotation = badam(LAYERS, every=8, order='bottom2up')
+  halve = lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(key))
+  state = groups.init_state(halve, ADAMW, rotation, jax.random.key(0))
+  rate = lambda count: 5e-4
+  step = jax.jit(groups.make_train_step(Half(), ADAMW, rotation, rate, rounding_key=None))
+  mean = lambda params: (lambda s: s[0] / s[1])(Half().loss(params, batch_of(0)))
+  grad = jax.jit(jax.grad(mean))
+  params = halve(None)
+  for turn in range(2):
+    layer = lambda tree, turn=turn: jax.tree.map(lambda x: x[turn], tree['blocks'])
+    transform, master = ADAMW(5e-4), widen(layer(params))
+    opt = transform.init(master)
+    for _ in range(8):
+      updates, opt = transform.update(widen(layer(grad(params))), opt, master)
+      master = optax.apply_updates(master, updates)
+      put = lambda x, m, turn=turn: x.at[turn].set(m.astype(x.dtype))
+      params = {**params, 'blocks': jax.tree.map(put, params['blocks'], master)}
+      state, _ = step(state, batch_of(0))
+  moved = np.asarray(
+    state['params']['blocks']['mlp']['kernel'] != halve(None)['blocks']['mlp']['kernel']
+  )
+  assert moved[0].mean() > 0.3  # 8 updates of 0.0005: most numbers of size 1 need 8 to move.
+  assert moved[1].mean() > 0.3
+  assert not moved[2].any()
+  # Gradients are rounded to bfloat16, and their f32 sums in another order may round otherwise.
+  same = lambda x, y: np.mean(np.asarray(x == y)) > 0.99
+  assert jax.tree.all(jax.tree.map(same, state['params'], params))
+  near = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4)
+  jax.tree.map(near, state['opt'].master['blocks'], jax.tree.map(lambda m: m[None], master))
+
+
 def test_state_is_that_of_the_layers_whose_turn_it_is():
   init = lambda rotation: jax.eval_shape(
     lambda: groups.init_state(init_params, ADAMW, rotation, jax.random.key(0))
