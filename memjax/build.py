@@ -67,9 +67,15 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   }
   # What is kept for a group's next turn waits for it in the host's memory.
   fraction = 1.0 if rotation is not None and rotation.keep else config.offload_state
+  init_placed = init
   if fraction:
     slots = slices.plan(optax.with_extra_args_support(transform), params)
     shardings['opt'] = offload.place(state['opt'], shardings['opt'], slots, fraction)
+
+    def init_placed(key):
+      state = init(key)
+      return state | {'opt': offload.store_all(state['opt'], shardings['opt'], slots)}
+
   state = _place(state, shardings)
   options = dict(
     accumulate=config.accumulate,
@@ -94,7 +100,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     state=state,
     batch=batch_shapes(config.batch_size, config.seq_len, mesh),
     eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh),
-    init=jax.jit(init, out_shardings=shardings),
+    init=jax.jit(init_placed, out_shardings=shardings),
     # Every leaf stays an argument, also one that the transform only passes on: what the receipt
     # counts is what is alive, and all of it is donated.
     step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),

@@ -8,6 +8,8 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 HOST, DEVICE = 'pinned_host', 'device'
 
@@ -44,9 +46,8 @@ def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
     Interleaved Offloading <https://arxiv.org/abs/2410.21316>`_, 2024 (interleaves whole subgroups
     of parameters, some of which the host itself updates)
   """
-  is_leaf = lambda x: x is None  # State that is not kept.
-  leaves, treedef = jax.tree.flatten(state, is_leaf=is_leaf)
-  placed = jax.tree.leaves(shardings, is_leaf=is_leaf)
+  leaves, treedef = jax.tree.flatten(state, is_leaf=_is_missing)
+  placed = jax.tree.leaves(shardings, is_leaf=_is_missing)
   sizes = {
     i: math.prod(x.shape) * x.dtype.itemsize
     for i, (x, slot) in enumerate(zip(leaves, slots, strict=True))
@@ -58,3 +59,33 @@ def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
       room -= sizes[i]
       placed[i] = placed[i].with_memory_kind(HOST)
   return treedef.unflatten(placed)
+
+
+def store_all(state: Any, shardings: Any, slots: list) -> Any:
+  """Returns fresh state with every leaf where its sharding says; under `jit`.
+
+  What goes to the host goes there a layer at a time. Of leaves that begin as a constant, as moments
+  do, no more than a layer is ever on the device; the compiler makes each layer where it is sent.
+
+  Args:
+    state: Optimizer state, of `transform.init`.
+    shardings: Its `NamedSharding`s, of `place`.
+    slots: What its leaves belong to, see `slices.plan`.
+  """
+
+  def store_leaf(x, sharding, slot):
+    if not on_host(sharding):
+      return x
+    if not slot.layered:
+      return store(x, sharding)
+    layer = jax.NamedSharding(sharding.mesh, P(*sharding.spec[1:]), memory_kind=HOST)
+    return jax.lax.map(lambda i: store(x[i], layer), jnp.arange(x.shape[0]))
+
+  leaves, treedef = jax.tree.flatten(state, is_leaf=_is_missing)
+  placed = jax.tree.leaves(shardings, is_leaf=_is_missing)
+  return treedef.unflatten(map(store_leaf, leaves, placed, slots))
+
+
+def _is_missing(x) -> bool:
+  """Whether it stands for state that is not kept."""
+  return x is None

@@ -12,12 +12,17 @@ from tests import hlo
 pytest.importorskip('libtpu')
 
 
-def compile_for(target, spec, **changes):
-  """Compiles the training step of a config for a TPU slice, all of it `fsdp`."""
+def build_for(target, spec, **changes):
+  """Builds a config for a TPU slice, all of it `fsdp`."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=target).devices
   c = config.load(spec).unlock()
   c.update(changes)
-  parts = build.build(c, sharding.make_mesh(1, -1, 1, devices=devices))
+  return build.build(c, sharding.make_mesh(1, -1, 1, devices=devices))
+
+
+def compile_for(target, spec, **changes):
+  """Compiles the training step of a config for a TPU slice."""
+  parts = build_for(target, spec, **changes)
   started = time.monotonic()
   compiled = parts.step.lower(parts.state, parts.batch).compile()
   return parts, compiled, time.monotonic() - started

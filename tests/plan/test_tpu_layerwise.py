@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from memjax import config, plan
-from tests.plan.test_tpu import compile_for, moved_matrices
+from tests.plan.test_tpu import build_for, compile_for, moved_matrices
 
 pytest.importorskip('libtpu')
 
@@ -50,6 +50,24 @@ def test_layer_by_layer_moves_no_matrix_that_the_ordinary_step_does_not():
   moved = moved_matrices(layered, parts)
   assert moved  # The reader sees the gathers of the weights.
   assert moved <= moved_matrices(ordinary, parts)
+
+
+def test_state_on_the_host_was_never_on_the_device():
+  """It is made a layer at a time: more layers take no more temporary memory."""
+
+  def temporary(layers):
+    small = dict(model='llama_9m', batch_size=2, seq_len=64, model_args=dict(layers=layers))
+    changes = dict(optimizer=config.optimizer('adamw', learning_rate=1e-3), offload_state=1.0)
+    parts = build_for('v5e:1x1', SPEC, step='layerwise', **changes, **small)
+    compiled = parts.init.lower(jax.eval_shape(lambda: jax.random.key(0))).compile()
+    return compiled.memory_analysis().temp_size_in_bytes, parts
+
+  few, parts = temporary(4)
+  many, _ = temporary(12)
+  layer = min(
+    4 * x.size // 4 for x in jax.tree.leaves(parts.state['params']['blocks']) if x.ndim > 2
+  )
+  assert many - few < layer
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Optimizer state in host memory: same bits, other memory."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from memjax import checkpoint, sharding
 from memjax.steps import groups, layerwise, offload, slices, whole_tree
 from memjax.steps.rotations import hift
+from memjax.transforms import keep_master
 from tests.steps.test_layerwise_transforms import Toy, batch_of, init_params
 
 RULES = ((r'mlp/kernel', P(None, 'fsdp')), (r'.*', P()))
@@ -92,6 +94,23 @@ def test_groups_resume_with_the_same_bits(tmp_path):
     again, _ = step(again, batch_of(i))
   assert step._cache_size() == 1
   assert_same_bits(jax.device_get(state), jax.device_get(again))
+
+
+def test_fresh_state_is_sent_there_layer_by_layer():
+  """The same bits as all at once, constants and copies of parameters."""
+  halve = lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(None))
+  transform, params = keep_master(ADAMW), jax.eval_shape(halve)
+  mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+  shape = jax.eval_shape(transform.init, params)
+  where = sharding.param_shardings(params, RULES, mesh)
+  opt = sharding.state_shardings(shape, params, where)
+  slots = slices.plan(transform, params)
+  placed = offload.place(shape, opt, slots, 1.0)
+  init = lambda: offload.store_all(transform.init(halve()), placed, slots)
+  state = jax.jit(init, out_shardings=placed)()
+  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  assert bytes_on('device', state) < bytes_on('pinned_host', state) / 100
+  assert_same_bits(state, transform.init(halve()))
 
 
 @pytest.mark.parametrize('fraction', [0.0, 0.5, 1.0])
