@@ -62,17 +62,21 @@ class _Program:
 
 
 def _at(count, state):
-  """The same state after `count` updates, as far as `project` can tell."""
+  """The same state after `count` updates, as far as its counts tell.
+
+  The count is an argument of every program: one that knew it would compute at compile time what
+  training computes in every step.
+  """
   is_count = lambda path: getattr(path[-1], 'name', '') == 'count'
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: jnp.full_like(x, count) if is_count(path) else x, state
+    lambda path, x: jnp.broadcast_to(count, x.shape) if is_count(path) else x, state
   )
 
 
-def _optimizer_step(optimizer, count):
-  """An update that sees the same count every time."""
+def _optimizer_step(optimizer):
+  """An update that sees the count it is given."""
 
-  def step(state, gradient):
+  def step(state, gradient, count):
     params, inner = state
     updates, inner = optimizer.update(gradient, _at(count, inner), params)
     return optax.apply_updates(params, updates), inner
@@ -96,7 +100,7 @@ def _updates(model):
     state = jax.jit(optimizer.init)(params)
     # One update first: a basis is then warm, as all but the first refresh find it.
     _, state = jax.jit(optimizer.update)(gradient, state, params)
-    return _Program(_optimizer_step(optimizer, count), (params, state), gradient)
+    return _Program(_optimizer_step(optimizer), (params, state), gradient, jnp.int32(count))
 
   adam, ordinary, all_refreshed = _medians(
     program(adamw, 1), program(galore, 1), program(galore, EVERY)
@@ -118,12 +122,12 @@ def _steps(model):
     train_step = make_train_step(model.loss, optimizer)
     params = jax.jit(model.init)(jax.random.key(0))
 
-    def step(state, batch):
-      state, _ = train_step({**state, 'opt': _at(1, state['opt'])}, batch)
+    def step(state, batch, count):
+      state, _ = train_step({**state, 'opt': _at(count, state['opt'])}, batch)
       return state
 
     state = {'step': jnp.zeros([], jnp.int32), 'params': params, 'opt': optimizer.init(params)}
-    return _Program(step, state, batch)
+    return _Program(step, state, batch, jnp.int32(1))
 
   galore = memjax.galore(1e-3, RANK, refresh_every=EVERY, stagger=False)
   return _medians(program(optax.adamw(1e-3)), program(galore))

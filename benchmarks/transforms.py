@@ -43,20 +43,22 @@ class Program:
     self._state = jax.tree.map(jnp.array, gradient), jax.jit(optimizer.init)(gradient)
     self._gradient = gradient
 
-    def step(held, gradient):
+    def step(held, gradient, count):
       params, state = held
-      # The same count every time: an update that renews nothing, or one that renews all.
       updates, state = optimizer.update(gradient, _at(count, state), params)
       return optax.apply_updates(params, updates), state
 
     self._step = jax.jit(step, donate_argnums=0)
+    # The same every time: an update that renews nothing, or one that renews all. The program must
+    # not know it, or it computes at compile time what training computes in every step.
+    self._count = jnp.int32(count)
     self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state[1]))
 
   def seconds(self):
     # On a CPU the processor's time, which other work on the machine changes least.
     clock = time.process_time if jax.default_backend() == 'cpu' else time.perf_counter
     start = clock()
-    self._state = jax.block_until_ready(self._step(self._state, self._gradient))
+    self._state = jax.block_until_ready(self._step(self._state, self._gradient, self._count))
     return clock() - start
 
 
@@ -64,7 +66,7 @@ def _at(count, state):
   """The state after `count` updates, as far as its counts tell."""
   is_count = lambda path: getattr(path[-1], 'name', '') == 'count'
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: jnp.full_like(x, count) if is_count(path) else x, state
+    lambda path, x: jnp.broadcast_to(count, x.shape) if is_count(path) else x, state
   )
 
 

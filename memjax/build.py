@@ -85,7 +85,9 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   )
   gradients = shardings | {'params': dense_shardings}
   if config.step == 'whole_tree':
-    train_step = whole_tree.make_train_step(model.loss, transform, **options)
+    train_step = whole_tree.make_train_step(
+      model.loss, transform, accumulate_in=config.accumulate_in, **options
+    )
   elif rotation is None:
     train_step = layerwise.make_train_step(model, transform, shardings=gradients, **options)
   else:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from memjax import optimizers, schedules
 from memjax.naming import nearest
-from memjax.steps import rotations
+from memjax.steps import rotations, whole_tree
 
 STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS)
 CLIPS = ('global', 'layer')
@@ -71,6 +71,7 @@ def default() -> ConfigDict:
   c.steps = 1000  # Updates.
   c.batch_size = 8  # Sequences an update, all micro-batches together.
   c.accumulate = 1  # Micro-batches an update.
+  c.accumulate_in = 'weights'  # Or 'subspace': adds up [r, n] of a matrix, of methods with bases.
   c.seq_len = 128  # Tokens a sequence.
   c.seed = 0  # Of the parameters, the order of the data, and every other draw.
 
@@ -261,6 +262,12 @@ def _check_step(c: ConfigDict) -> None:
     raise ValueError(
       f'config.offload_state is {c.offload_state}, but the ordinary step needs the whole state at '
       "once; set config.step='layerwise'"
+    )
+  whole_tree.check_accumulation(c.accumulate_in, c.clip_norm)
+  if c.accumulate_in != 'weights' and c.step != 'whole_tree':
+    raise ValueError(
+      f"config.accumulate_in is {c.accumulate_in!r}, which is of use to config.step='whole_tree' "
+      'alone: the others never hold the gradients of all layers'
     )
   if c.step != 'whole_tree' and c.remat not in ('none', 'full'):
     raise ValueError(

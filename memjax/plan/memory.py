@@ -12,6 +12,7 @@ import jax
 from memjax import sharding
 from memjax.naming import path_string
 from memjax.steps.slices import STACK
+from memjax.transforms import project_gradient
 
 _MEMINFO = pathlib.Path('/proc/meminfo')
 _CGROUP = pathlib.Path('/sys/fs/cgroup')
@@ -101,6 +102,15 @@ def gradient_bytes(state, *, accumulate: int = 1, layerwise: bool = False) -> in
       size //= leaf.shape[0]
     found[part][group] = found[part].get(group, 0) + size
   return max((found['adapters'] or found['parameters']).values(), default=0)
+
+
+def projected_bytes(state) -> int:
+  """Returns bytes per device of a gradient projected to the bases of a state, in f32."""
+  reduced = jax.eval_shape(project_gradient, state['params'], state['opt'])
+  # Divided over devices as the parameter is: a projected axis that was divided counts as if it
+  # still were.
+  each = lambda p, r: _bytes(p, on_host=False) // p.dtype.itemsize * 4 * r.size // p.size
+  return sum(jax.tree.leaves(jax.tree.map(each, state['params'], reduced)))
 
 
 def of_compiled(compiled) -> dict[str, int]:

@@ -112,6 +112,8 @@ def gradients(config: ConfigDict, state) -> int:
   layerwise = config.step != 'whole_tree'
   # Those of 8-bit weights are dense.
   state = state | {'params': weights.dense(state['params'])}
+  if config.accumulate_in == 'subspace':
+    return memory.gradient_bytes(state) + memory.projected_bytes(state)
   return memory.gradient_bytes(state, accumulate=config.accumulate, layerwise=layerwise)
 
 

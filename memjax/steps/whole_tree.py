@@ -13,6 +13,8 @@ from memjax import transforms, weights
 from memjax.steps import clipping, micro_batches
 from memjax.steps.slices import STACK
 
+ACCUMULATIONS = ('weights', 'subspace')
+
 
 def init_state(init_params, transform: optax.GradientTransformation, key):
   """Returns the state before the first update; trace it under `jit` to place it as it is made.
@@ -34,6 +36,7 @@ def make_train_step(
   accumulate: int = 1,
   clip_norm: float | None = None,
   clip_by: str = 'global',
+  accumulate_in: str = 'weights',
   rounding_key=None,
 ):
   """Returns `step(state, batch) -> (state, metrics)`, a pure function to be jitted with its state
@@ -41,7 +44,7 @@ def make_train_step(
 
   The loss is the sum over tokens divided by their count, both over all micro-batches, so that a
   micro-batch counts by its tokens. Memory: one gradient tree in the parameters' dtype; with
-  `accumulate > 1` one more, in f32, which the transform receives.
+  `accumulate > 1` one more, in f32, which the transform receives, or that of its projection.
 
   Args:
     loss: `loss(params, batch) -> (sum f32[], count f32[])`.
@@ -50,22 +53,29 @@ def make_train_step(
     clip_norm: Largest norm of the gradient, before the transform; None does not clip.
     clip_by: `'global'` clips by the norm of all gradients together; `'layer'` clips each layer of
       `params['blocks']`, and each of the other groups of parameters, by its own norm.
+    accumulate_in: `'weights'` adds up gradients of micro-batches as they are. `'subspace'` adds up
+      their projections, `[r, n]` numbers a matrix, for transforms made with `project`; bases then
+      come from the first micro-batch alone, and `train/grad_norm` is that of the projections.
     rounding_key: Root key of the stochastic rounding of 16-bit parameters; None rounds to nearest.
 
   Raises:
-    ValueError: for another `clip_by`.
+    ValueError: for another `clip_by` or `accumulate_in`, and for clipping in the subspace.
   """
   clipping.check(clip_by)
+  check_accumulation(accumulate_in, clip_norm)
+  in_subspace = accumulate_in == 'subspace'
+  value_and_grad = _in_subspace(loss, transform) if in_subspace else _of_weights(loss)
+  extra_args = {'projected': True} if in_subspace else {}
 
   def step(state, batch):
     dense = weights.dense(state['params'])
-    total, grads = _value_and_grad(loss, dense, batch, accumulate)
+    total, grads, opt = value_and_grad(dense, state['opt'], batch, accumulate)
     norm = global_norm(grads)
     if clip_norm is not None and clip_by == 'global':
       grads = clipping.by_norm(grads, norm, clip_norm)
     elif clip_norm is not None:
       grads = clipping.by_group(grads, clip_norm, stack=STACK)
-    updates, opt = transform.update(grads, state['opt'], dense)
+    updates, opt = transform.update(grads, opt, dense, **extra_args)
     key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
     params = transforms.apply_updates(state['params'], updates, key)
     metrics = {'train/loss': total, 'train/grad_norm': norm}
@@ -79,14 +89,54 @@ def global_norm(tree):
   return jnp.sqrt(clipping.square(tree))
 
 
-def _value_and_grad(loss, params, batch, accumulate):
-  """Mean loss over the tokens of the batch, and its gradient."""
+def check_accumulation(accumulate_in: str, clip_norm: float | None) -> None:
+  """Raises a `ValueError` for a way to accumulate that does not exist, or not with clipping."""
+  if accumulate_in not in ACCUMULATIONS:
+    known = ' or '.join(map(repr, ACCUMULATIONS))
+    raise ValueError(f'accumulate_in must be {known}; got {accumulate_in!r}')
+  if accumulate_in == 'subspace' and clip_norm:
+    raise ValueError(
+      f'clip_norm={clip_norm} needs the norm of the whole gradient, of which '
+      "accumulate_in='subspace' keeps the projection alone; set clip_norm=0"
+    )
+
+
+def _of_weights(loss):
+  """Mean loss over the tokens of a batch, and its gradient."""
+
+  def value_and_grad(params, opt, batch, accumulate):
+    one = lambda part: (jax.value_and_grad(_share(loss, batch))(params, part), None)
+    parts = micro_batches.split(batch, accumulate)
+    total, grads = micro_batches.accumulate(one, parts, accumulate)[0]
+    return total, grads, opt
+
+  return value_and_grad
+
+
+def _in_subspace(loss, transform):
+  """The same, the gradient projected; and the state, with bases that were due."""
+
+  def value_and_grad(params, opt, batch, accumulate):
+    parts = micro_batches.split(batch, accumulate)
+    parts = parts if accumulate > 1 else jax.tree.map(lambda x: x[None], parts)
+
+    def add(carry, indexed):
+      total, summed, opt = carry
+      index, part = indexed
+      value, grads = jax.value_and_grad(_share(loss, batch))(params, part)
+      opt = transforms.refresh_subspace(transform, grads, opt, params, when=index == 0)
+      reduced = transforms.project_gradient(grads, opt)
+      return (total + value, jax.tree.map(jnp.add, summed, reduced), opt), None
+
+    reduced = jax.eval_shape(transforms.project_gradient, params, opt)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), reduced)
+    start = jnp.zeros((), jnp.float32), zeros, opt
+    return jax.lax.scan(add, start, (jnp.arange(accumulate), parts))[0]
+
+  return value_and_grad
+
+
+def _share(loss, batch):
+  """A micro-batch's share of the mean loss over all tokens of the batch."""
   count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
-
-  def share(params, part):
-    return loss(params, part)[0] / count
-
-  def one(part):
-    return jax.value_and_grad(share)(params, part), None
-
-  return micro_batches.accumulate(one, micro_batches.split(batch, accumulate), accumulate)[0]
+  return lambda params, part: loss(params, part)[0] / count

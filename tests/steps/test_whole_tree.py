@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from memjax import build, config, plan, sharding
+from memjax import build, config, plan, sharding, transforms
 from memjax.evaluate import place
 from memjax.steps import whole_tree
 
@@ -155,3 +155,86 @@ def test_a_step_that_does_not_donate_is_refused():
   compiled = jax.jit(step).lower(parts.state, parts.batch).compile()
   with pytest.raises(ValueError, match='donate_argnums'):
     plan.check_donated(compiled, parts.state)
+
+
+def two_matrices_loss(params, batch):
+  hidden = params['a'][batch['tokens']]
+  out = jnp.tanh(hidden @ params['b']) @ params['c']
+  error = out - batch['targets'][..., None]
+  return jnp.sum(batch['weights'][..., None] * error**2), jnp.sum(batch['weights'])
+
+
+def projected_run(accumulate, accumulate_in, steps=5, refresh_every=1000):
+  """Parameters and state after steps on batches of 8 rows, GaLore of rank 3 on the matrix b."""
+  rng = np.random.default_rng(1)
+  params = {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in SHAPES.items()}
+  transform = optax.chain(
+    transforms.project(optax.scale_by_adam(), 3, refresh_every=refresh_every, targets='b'),
+    optax.scale(-0.01),
+  )
+  options = dict(accumulate=accumulate, accumulate_in=accumulate_in)
+  step = jax.jit(whole_tree.make_train_step(two_matrices_loss, transform, **options))
+  state = whole_tree.init_state(lambda key: params, transform, jax.random.key(0))
+  for _ in range(steps):
+    state, metrics = step(state, linear_batch() | {'weights': np.ones((8, 4), np.float32)})
+  return state, metrics
+
+
+SHAPES = {'a': (9, 6), 'b': (6, 10), 'c': (10, 1)}
+
+
+def test_one_batch_accumulates_in_the_subspace_to_the_ordinary_step():
+  one, metrics = projected_run(1, 'subspace', refresh_every=2)
+  other, _ = projected_run(1, 'weights', refresh_every=2)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), one, other)
+  assert 0 < float(metrics['train/grad_norm']) < np.inf
+
+
+def test_the_subspace_adds_up_what_its_basis_sees_of_each_micro_batch():
+  """By hand: the basis of the first micro-batch's gradient, Adam on the projected mean."""
+  state, _ = projected_run(4, 'subspace', steps=1)
+  rng = np.random.default_rng(1)
+  params = {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in SHAPES.items()}
+  batch = linear_batch() | {'weights': np.ones((8, 4), np.float32)}
+  total = lambda p, b: two_matrices_loss(p, b)[0] / 32
+  first = jax.grad(total)(params, jax.tree.map(lambda x: x[0::4], batch))['b']
+  whole = jax.grad(total)(params, batch)['b']
+  basis = state['opt'][0].left['b']
+  captured = np.linalg.norm(basis.T @ first) / np.linalg.norm(np.linalg.svd(first)[1][:3])
+  assert captured > 0.999  # The span of the first gradient's singular vectors, not of the mean's.
+  answer = np.asarray(basis.T @ whole)
+  answer = 0.01 * 1.0 * answer / (np.abs(answer) + 1e-8)  # Adam's first step.
+  np.testing.assert_allclose(state['params']['b'], params['b'] - basis @ answer, atol=2e-6)
+
+
+def test_accumulating_in_the_subspace_keeps_no_f32_sum_of_the_gradients():
+  fields = dict(model='llama_tiny', accumulate=4, clip_norm=0.0, param_dtype='bfloat16')
+  temporaries = {}
+  for where in whole_tree.ACCUMULATIONS:
+    c = config.load('configs/quickstart.py:smoke').unlock()
+    c.update(fields | {'accumulate_in': where, 'model_args': {'vocab': 256, 'intermediate': 4096}})
+    parts = build.build(c, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    compiled = parts.step.lower(parts.state, parts.batch).compile()
+    temporaries[where] = compiled.memory_analysis().temp_size_in_bytes
+  mlp = parts.state['params']['blocks']['mlp']
+  matrices = sum(x.size for x in jax.tree.leaves(mlp))
+  # In place of 64 rows the sum has 8.
+  assert temporaries['weights'] - temporaries['subspace'] > 4 * matrices * (1 - 8 / 64) * 0.9
+
+
+@pytest.mark.parametrize(
+  ('options', 'says'),
+  [
+    (dict(accumulate_in='basis'), "'weights' or 'subspace'; got 'basis'"),
+    (dict(accumulate_in='subspace', clip_norm=1.0), 'set clip_norm=0'),
+  ],
+)
+def test_refuses_what_accumulation_cannot_do(options, says):
+  with pytest.raises(ValueError, match=says):
+    whole_tree.make_train_step(linear_loss, optax.sgd(0.1), **options)
+
+
+def test_a_transform_without_a_subspace_accumulates_none():
+  step = whole_tree.make_train_step(linear_loss, optax.sgd(0.1), accumulate_in='subspace')
+  with pytest.raises(ValueError, match='no subspace'):
+    jax.eval_shape(step, linear_state(optax.sgd(0.1)), linear_batch())
