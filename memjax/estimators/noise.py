@@ -186,7 +186,7 @@ def family(noise: Noise | str) -> Noise:
 
 
 # Compiled as one program also outside of one, instead of a program for each of 80 operations.
-@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _draw(noise, key, shape):
   if key.ndim > 1:
     return jax.vmap(lambda key: _draw(noise, key, shape[1:]))(key)
@@ -194,7 +194,7 @@ def _draw(noise, key, shape):
   return noise.at(key, row, column).reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _rows(noise, key, ids, width):
   row = jnp.broadcast_to(ids[..., None], (*ids.shape, width)).astype(jnp.uint32)
   column = lax.broadcasted_iota(jnp.uint32, row.shape, row.ndim - 1)

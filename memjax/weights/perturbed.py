@@ -64,10 +64,13 @@ class Perturbed:
 class LowRank:
   """A weight plus a product of thin factors that is never formed: `x w + scale (x left) right^T`.
 
+  Factors of another shape `[a, r]` and `[b, r]` with `a b = m n` stand for their product, reshaped;
+  it is then formed where the weight is used.
+
   Attributes:
     value: The weight: an array, or another `Weight`.
-    left: `f32[..., m, r]`.
-    right: `f32[..., n, r]`.
+    left: `f32[..., m, r]`, an m-side of the noise.
+    right: `f32[..., n, r]`, its n-side.
     scale: `f32[...]`.
   """
 
@@ -78,12 +81,16 @@ class LowRank:
 
   def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
     """Returns `x[..., m] @ w + scale (x @ left) @ right^T`, or with the transpose, in `x.dtype`."""
+    if self._reshaped:
+      return dot(x, self.materialize().astype(x.dtype), transpose)
     into, out = (self.right, self.left) if transpose else (self.left, self.right)
     thin = dot(x, into) * self.scale.astype(x.dtype)
     return dot(x, self.value, transpose) + dot(thin, out, transpose=True)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` of the sum."""
+    if self._reshaped:
+      return take(self.materialize(), ids)
     rows = take(self.value, ids)
     return _add(rows, self.scale, dot(take(self.left, ids), self.right, True)).astype(rows.dtype)
 
@@ -91,7 +98,12 @@ class LowRank:
     """Returns the sum `[..., m, n]`, in the dtype of the weight."""
     value = materialize(self.value)
     product = jnp.einsum('...mr,...nr->...mn', self.left, self.right)
-    return _add(value, self.scale, product).astype(value.dtype)
+    return _add(value, self.scale, product.reshape(value.shape)).astype(value.dtype)
+
+  @property
+  def _reshaped(self):
+    value = jax.eval_shape(materialize, self.value)
+    return (self.left.shape[-2], self.right.shape[-2]) != value.shape[-2:]
 
 
 def _add(value, scale, noise):

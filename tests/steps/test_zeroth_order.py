@@ -1,0 +1,131 @@
+"""The zeroth-order step: against closed forms, over meshes, killed and resumed, replayed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from memjax import estimators, weights
+from memjax.estimators import methods
+from memjax.estimators.estimator import find
+from memjax.steps import whole_tree, zeroth_order
+from tests.models import tiny
+
+BATCH = tiny.batch_of(tiny.make(), (8, 8))
+OPTIMIZERS = {
+  'mezo': lambda: methods.mezo(1e-4, form='weights', log_steps=8, weight_decay=0.1),
+  'mezo_momentum': lambda: methods.mezo_momentum(1e-4, form='weights', log_steps=8, samples=2),
+  'zo_adam': lambda: methods.zo_adam(1e-4, form='weights', log_steps=8, noise='rademacher'),
+  'sphere': lambda: methods.mezo(1e-4, form='weights', log_steps=8, noise='sphere', sides=1),
+  'lozo': lambda: methods.lozo(1e-4, form='weights', log_steps=8, refresh_every=2),
+  'lozo_m': lambda: methods.lozo_m(1e-4, form='weights', log_steps=8, refresh_every=2),
+  'subzero': lambda: methods.subzero(1e-4, 4, form='weights', log_steps=8, refresh_every=2),
+  'blockwise': lambda: methods.mezo(1e-4, form='weights', log_steps=8, blockwise=True),
+}
+
+
+def loss(params, batch):
+  """A model of few leaves, which compiles soon: an embedding, three layers, a head."""
+
+  def layer(x, p):
+    return x + jnp.tanh(weights.dot(x, p['kernel']) + weights.materialize(p['bias'])[None]), None
+
+  x = weights.take(params['embed']['embedding'], batch['tokens']).reshape(-1, 16)
+  x, _ = jax.lax.scan(layer, x, params['blocks'])
+  logits = weights.dot(x, params['head']['kernel'])
+  targets = batch['targets'].reshape(-1)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return jnp.sum(losses * batch['weights'].reshape(-1)), jnp.sum(batch['weights'])
+
+
+def draw_params(dtype=jnp.float32):
+  shapes = {
+    'blocks': {'bias': (3, 16), 'kernel': (3, 16, 16)},
+    'embed': {'embedding': (64, 16)},
+    'head': {'kernel': (16, 64)},
+  }
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda shape: jnp.asarray(0.3 * rng.standard_normal(shape), dtype),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def start(transform, dtype=jnp.float32):
+  params = draw_params(dtype)
+  return whole_tree.init_state(lambda key: params, transform, jax.random.key(0))
+
+
+@functools.cache
+def compiled(name):
+  transform = OPTIMIZERS[name]()
+  step = zeroth_order.make_train_step(loss, transform)
+  return transform, jax.jit(step, donate_argnums=0)
+
+
+@functools.cache
+def trained(name):
+  """State after four steps, as numpy."""
+  transform, step = compiled(name)
+  state = start(transform)
+  for _ in range(4):
+    state, metrics = step(state, BATCH)
+  return jax.device_get((state, metrics))
+
+
+def assert_same(x, y):
+  jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_layers_are_updated_as_the_chain_alone_would(name):
+  """The step against `update` and `apply_updates` on plain arrays, in a function of its own."""
+  transform, step = compiled(name)
+  state, metrics = step(start(transform), BATCH)
+  count = BATCH['weights'].sum()
+  value_fn = lambda params: loss(params, BATCH)[0] / count
+  before = start(transform)
+
+  @jax.jit
+  def alone(params, opt):
+    updates, opt = transform.update(None, opt, params, value_fn=value_fn)
+    return optax.apply_updates(params, updates), opt
+
+  params, opt = alone(before['params'], before['opt'])
+  moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), params, before['params'])
+  assert min(jax.tree.leaves(moved)) > 0
+  # Slopes are differences of values over 2e-3, which amplifies their rounding.
+  np.testing.assert_allclose(find(state['opt']).slopes, find(opt).slopes, rtol=1e-2, atol=1e-2)
+  scale = max(jax.tree.leaves(moved))
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-2 * scale)
+  jax.tree.map(near, state['params'], params)
+  assert int(state['step']) == 1
+  assert np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_replay_gives_the_bits_of_the_run(name, tmp_path):
+  transform, _ = compiled(name)
+  state, _ = trained(name)
+  estimators.save_log(tmp_path / 'log.npz', estimators.find_log(state['opt']))
+  log = estimators.load_log(tmp_path / 'log.npz')
+  params = start(transform)['params']
+  assert_same(zeroth_order.replay(transform, params, log), state['params'])
+  assert (np.asarray(params['head']['kernel']) != state['params']['head']['kernel']).any()
+
+
+@pytest.mark.parametrize('name', ['mezo', 'lozo_m', 'subzero'])
+def test_a_resumed_run_gives_the_same_bits(name):
+  transform, step = compiled(name)
+  state = start(transform)
+  for i in range(4):
+    if i in (1, 3):
+      saved = jax.device_get(state)
+      del state
+      state = jax.tree.map(jnp.asarray, saved)
+    state, _ = step(state, BATCH)
+  assert_same(jax.device_get(state), trained(name)[0])
