@@ -78,7 +78,13 @@ _SUBMODULES = (
   'transforms',
   'weights',
 )
-_FUNCTIONS = {'plan_step': 'plan'}  # Name -> submodule that holds it.
+_FUNCTIONS = {  # Name -> submodule that holds it.
+  'adam4bit': 'optimizers',
+  'adamw8bit': 'optimizers',
+  'galore8bit': 'optimizers',
+  'lion8bit': 'optimizers',
+  'plan_step': 'plan',
+}
 
 
 def __getattr__(name):
