@@ -16,6 +16,18 @@ that `import memjax` loads JAX and optax and nothing heavier.
 
 import importlib
 
+from memjax.estimators.methods import forward_descent as forward_descent
+from memjax.estimators.methods import lozo as lozo
+from memjax.estimators.methods import lozo_m as lozo_m
+from memjax.estimators.methods import mezo as mezo
+from memjax.estimators.methods import mezo_adam as mezo_adam
+from memjax.estimators.methods import mezo_momentum as mezo_momentum
+from memjax.estimators.methods import subzero as subzero
+from memjax.estimators.methods import zo_adam as zo_adam
+from memjax.estimators.methods import zo_sgd_conservative as zo_sgd_conservative
+from memjax.estimators.methods import zo_sgd_sign as zo_sgd_sign
+from memjax.estimators.spsa import forward_gradient as forward_gradient
+from memjax.estimators.spsa import spsa as spsa
 from memjax.transforms import adafactor as adafactor
 from memjax.transforms import adalomo as adalomo
 from memjax.transforms import adam_mini as adam_mini
@@ -66,6 +78,7 @@ _SUBMODULES = (
   'compat',
   'config',
   'data',
+  'estimators',
   'evaluate',
   'metrics',
   'models',
@@ -84,6 +97,7 @@ _FUNCTIONS = {  # Name -> submodule that holds it.
   'galore8bit': 'optimizers',
   'lion8bit': 'optimizers',
   'plan_step': 'plan',
+  'replay': 'steps.zeroth_order',
 }
 
 

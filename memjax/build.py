@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from memjax import config as config_lib
 from memjax import models, optimizers, schedules, sharding, weights
-from memjax.steps import groups, layerwise, offload, rotations, slices, whole_tree
+from memjax.steps import groups, layerwise, offload, rotations, slices, whole_tree, zeroth_order
 
 
 class Parts(NamedTuple):
@@ -88,6 +88,10 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     train_step = whole_tree.make_train_step(
       model.loss, transform, accumulate_in=config.accumulate_in, **options
     )
+  elif config.step == 'zeroth_order':
+    train_step = zeroth_order.make_train_step(
+      model.loss, transform, rounding_key=options['rounding_key'], shardings=shardings
+    )
   elif rotation is None:
     train_step = layerwise.make_train_step(model, transform, shardings=gradients, **options)
   else:
@@ -159,7 +163,7 @@ def build_transform(
   """
   name = config.optimizer.name
   arguments = {k: config.optimizer.get(k, v) for k, v in optimizers.arguments(name).items()}
-  factory = optimizers.OPTIMIZERS[name]
+  factory = (optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER)[name]
   given = {'layout': layout, 'head_dim': head_dim}  # By the model and the mesh, not by the config.
   taken = inspect.signature(factory).parameters
   arguments |= {k: v for k, v in given.items() if k in taken}

@@ -29,7 +29,7 @@ from memjax import optimizers, schedules
 from memjax.naming import nearest
 from memjax.steps import rotations, whole_tree
 
-STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS)
+STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS, *optimizers.ZEROTH_ORDER_STEPS)
 CLIPS = ('global', 'layer')
 WEIGHTS = ('dense', 'int8')
 
@@ -62,7 +62,8 @@ def default() -> ConfigDict:
   c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
 
   # Or 'layerwise': one layer's gradient at a time, rematerialised in full; or 'hift', 'badam' or
-  # 'lisa', where groups of layers take turns.
+  # 'lisa', where groups of layers take turns; or 'zeroth_order', forward passes only, with an
+  # optimizer that takes no gradient.
   c.step = 'whole_tree'
   # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
   # what the method's authors chose.
@@ -107,7 +108,7 @@ def optimizer(name: str, **arguments) -> ConfigDict:
   Raises:
     ValueError: for an unknown name or argument, with the nearest one that exists.
   """
-  _look_up('optimizer', name, optimizers.OPTIMIZERS)
+  _look_up('optimizer', name, optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER)
   known = optimizers.arguments(name)
   for field in arguments:
     if field not in known:
@@ -202,6 +203,7 @@ def validate(c: ConfigDict) -> None:
   _look_up('schedule.name', c.schedule.name, schedules.SCHEDULES)
   _check_optimizer(c.optimizer.to_dict())
   _check_step(c)
+  _check_zeroth_order(c)
   for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
     if getattr(c, field) < 1:
       raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
@@ -276,13 +278,47 @@ def _check_step(c: ConfigDict) -> None:
     )
 
 
+def _check_zeroth_order(c: ConfigDict) -> None:
+  """The optimizer must be one that takes values where the step gives values, and only there."""
+  takes_values, gives_values = (
+    c.optimizer.name in optimizers.ZEROTH_ORDER,
+    c.step in optimizers.ZEROTH_ORDER_STEPS,
+  )
+  if takes_values and not gives_values:
+    raise ValueError(
+      f'config.optimizer {c.optimizer.name!r} estimates gradients from values of the loss, which '
+      f"config.step={c.step!r} does not give it; set config.step='zeroth_order'"
+    )
+  if not gives_values:
+    return
+  if not takes_values:
+    raise ValueError(
+      f'config.step={c.step!r} makes no gradient, which config.optimizer {c.optimizer.name!r} '
+      f'needs; choose one of {", ".join(optimizers.ZEROTH_ORDER)}'
+    )
+  if c.accumulate != 1:
+    raise ValueError(
+      f'config.accumulate is {c.accumulate}, but there are no gradients to accumulate; lower '
+      'config.batch_size, or average over directions with config.optimizer.samples'
+    )
+  if c.clip_norm:
+    raise ValueError(
+      f'config.clip_norm is {c.clip_norm}, but the norm of an estimate is that of its noise; leave '
+      'it at 0 and lower config.optimizer.learning_rate'
+    )
+  for field, only in (('weights', 'dense'), ('offload_state', 0.0)):
+    if c[field] != only:
+      raise ValueError(f'config.step={c.step!r} goes with config.{field}={only!r} alone')
+
+
 def _check_optimizer(fields: dict) -> None:
   """Names only; arguments that another optimizer takes are left unread, so that `name` alone can be
   overridden.
   """
-  _look_up('optimizer', fields.get('name'), optimizers.OPTIMIZERS)
+  every = optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER
+  _look_up('optimizer', fields.get('name'), every)
   known = set(optimizers.arguments(fields['name']))
-  foreign = {a for name in optimizers.OPTIMIZERS for a in optimizers.arguments(name)}
+  foreign = {a for name in every for a in optimizers.arguments(name)}
   for field in fields:
     if field not in known | foreign | {'name'}:
       raise ValueError(f'optimizer has no argument {field!r}; {nearest(field, known)}')

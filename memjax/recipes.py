@@ -142,3 +142,25 @@ def layerwise_llama(method: str, arg: str, size: str = '7b', weights: str = ''):
     arguments['refresh_every'] = 2
   c.optimizer = optimizer(**arguments)
   return c
+
+
+def llama_zeroth_order(smoke: bool):
+  """Returns the config of LLaMA 7B fine-tuned on values of the loss, without its optimizer."""
+  c = default()
+  c.model = 'llama_tiny' if smoke else 'llama_7b'
+  c.step = 'zeroth_order'
+  c.param_dtype = 'bfloat16'
+  c.compute_dtype = 'bfloat16'
+  c.steps = 4 if smoke else 20_000
+  c.batch_size = 16
+  c.seq_len = 32 if smoke else 256
+  c.schedule.name = 'constant'
+  c.schedule.warmup_ratio = 0.0
+  c.data.tokenizer = 'bytes' if smoke else 'bpe'
+  c.data.max_tokens = 200_000 if smoke else 0
+  c.log_every = 1 if smoke else 10
+  c.eval_every = 2 if smoke else 4000
+  c.eval_tokens = 1024 if smoke else 1_000_000
+  c.checkpoint.every = 2 if smoke else 4000
+  c.sample.tokens = 8 if smoke else 64
+  return c

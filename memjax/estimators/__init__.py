@@ -21,5 +21,6 @@ from memjax.estimators.noise import gaussian as gaussian
 from memjax.estimators.noise import rademacher as rademacher
 from memjax.estimators.noise import sparse as sparse
 from memjax.estimators.noise import sphere as sphere
+from memjax.estimators.recomputed import scale_by_recomputed_adam as scale_by_recomputed_adam
 from memjax.estimators.spsa import forward_gradient as forward_gradient
 from memjax.estimators.spsa import spsa as spsa

@@ -34,6 +34,8 @@ class EstimatorState(NamedTuple):
   slopes: jax.Array  # f32[n, G], of the last estimate; zeros if it was skipped.
   moments: jax.Array  # f32[2], running mean of the slopes and of their squares.
   signal: jax.Array  # f32[], difference of two values over the resolution of their mean in f32.
+  history: jax.Array  # f32[W, n, G], slopes of the last W that were not skipped, the newest last.
+  numbers: jax.Array  # i32[W], their numbers.
   basis: Any  # What directions are made from; changes when values are measured.
   momentum: Any  # What estimates add up in; changes when an estimate is handed on.
 
@@ -75,6 +77,7 @@ def estimator(
   form: str = 'arrays',
   stack: str = 'blocks',
   trial: optax.Schedule | None = None,
+  window: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the optax transform of an estimator.
 
@@ -82,7 +85,7 @@ def estimator(
   With `layer` (see `memjax.transforms.layers`) or `measured=True` in place of `value_fn`, it hands
   on the estimate for the slopes in its state, drawing directions again: so a training step measures
   once and then goes through its parameters layer by layer. With `slopes`, it takes those for
-  measured, as a replay does.
+  measured, as a replay does; with `hand_on=False` it only measures.
 
   Args:
     directions: Of the estimator.
@@ -100,6 +103,7 @@ def estimator(
     stack: First key of leaves that are stacked over layers.
     trial: Learning rate of a count of finished updates. Takes the values after the update, after
       its opposite and without one, and hands on what led to the lowest; for one direction.
+    window: Estimates `W` whose slopes are remembered, for directions that read them.
 
   Raises:
     ValueError: here for an argument out of range; by `update` without `value_fn`, or with one that
@@ -120,6 +124,8 @@ def estimator(
       slopes=jnp.zeros((samples, leaves.groups), dtype),
       moments=jnp.zeros(2, dtype),
       signal=jnp.zeros((), dtype),
+      history=jnp.zeros((window, samples, leaves.groups), dtype),
+      numbers=jnp.full(window, -1, jnp.int32),
       basis={name: leaves.tree(parts) for name, parts in basis.items()},
       momentum=leaves.tree(momentum),
     )
@@ -133,9 +139,10 @@ def estimator(
     layer=None,
     measured=False,
     slopes=None,
+    hand_on=True,
     **extra_args,
   ):
-    del updates, extra_args
+    del extra_args
     if params is None:
       raise ValueError('an estimator perturbs the parameters: call update(_, state, params, ...)')
     if value_fn is None and slopes is None and layer is None and not measured:
@@ -148,7 +155,7 @@ def estimator(
       state = move(leaves, state, renew(leaves, state), slopes, state.value)
     elif value_fn is not None:
       state = observe(leaves, state, value_fn)
-    return estimates(leaves, state)
+    return estimates(leaves, state) if hand_on else (updates, state)
 
   def renew(leaves, state):
     basis = {name: leaves.list(tree) for name, tree in state.basis.items()}
@@ -196,6 +203,8 @@ def estimator(
       slopes=keep(slopes, jnp.zeros_like(slopes)),
       moments=keep(FORGET * state.moments + (1 - FORGET) * seen, state.moments),
       signal=keep(span * jnp.sqrt(seen[1]) / resolution, state.signal),
+      history=keep(_push(state.history, slopes), state.history),
+      numbers=keep(_push(state.numbers, state.count), state.numbers),
       basis={name: leaves.tree(parts) for name, parts in basis.items()},
       momentum=state.momentum,
     )
@@ -321,6 +330,11 @@ def _forward(task):
 
   values, slopes = lax.map(value_and_slope, jnp.arange(task.samples * task.groups))
   return task.slopes(slopes), values[0]
+
+
+def _push(rows, new):
+  """Drops the first row and appends another."""
+  return jnp.concatenate([rows, new[None]])[1:] if len(rows) else rows
 
 
 def _best(evaluate, rate, slopes):

@@ -11,6 +11,7 @@ from memjax.estimators import low_rank
 from memjax.estimators.estimator import estimator
 from memjax.estimators.log import record
 from memjax.estimators.noise import family
+from memjax.estimators.recomputed import scale_by_recomputed_adam
 from memjax.estimators.spsa import dense, forward_gradient, spsa
 from memjax.transforms.float32 import in_float32
 
@@ -115,6 +116,14 @@ def zo_adam(
   adam = optax.scale_by_adam(b1, b2, adam_eps)
   rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps)
   return chain(learning_rate, spsa(eps, **options), adam, **rest)
+
+
+def mezo_adam(learning_rate, eps: float = 1e-3, *, log_steps: int = 0, **options):
+  """Adam on MeZO's estimates, without moments: see `scale_by_recomputed_adam` for the options.
+
+  With both moments kept, which is faster and takes `2 d` numbers, it is `zo_adam`.
+  """
+  return chain(learning_rate, scale_by_recomputed_adam(eps, **options), log_steps=log_steps)
 
 
 def zo_sgd_sign(learning_rate, eps: float = 1e-3, *, log_steps: int = 0, **options):

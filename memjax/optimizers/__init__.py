@@ -20,8 +20,27 @@ from memjax.optimizers.quantised import (
   lion8bit,
   q_galore8bit,
 )
+from memjax.optimizers.zeroth_order import (
+  forward_gradient,
+  lozo,
+  lozo_m,
+  mezo,
+  mezo_adam,
+  mezo_momentum,
+  subzero,
+  zo_adam,
+  zo_sgd_conservative,
+  zo_sgd_sign,
+)
 
-__all__ = ['BASES', 'OPTIMIZERS', 'REQUIRED', 'arguments']
+__all__ = [
+  'BASES',
+  'OPTIMIZERS',
+  'REQUIRED',
+  'ZEROTH_ORDER',
+  'ZEROTH_ORDER_STEPS',
+  'arguments',
+]
 
 OPTIMIZERS = {
   'adafactor': adafactor,
@@ -48,10 +67,25 @@ OPTIMIZERS = {
   'sm3': sm3,
 }
 
+# Those that take values of the loss in place of a gradient, in the steps that give them values.
+ZEROTH_ORDER = {
+  'forward_gradient': forward_gradient,
+  'lozo': lozo,
+  'lozo_m': lozo_m,
+  'mezo': mezo,
+  'mezo_adam': mezo_adam,
+  'mezo_momentum': mezo_momentum,
+  'subzero': subzero,
+  'zo_adam': zo_adam,
+  'zo_sgd_conservative': zo_sgd_conservative,
+  'zo_sgd_sign': zo_sgd_sign,
+}
+ZEROTH_ORDER_STEPS = ('zeroth_order',)  # Values of config.step.
+
 REQUIRED = inspect.Parameter.empty  # Default of an argument that has none.
 
 
 def arguments(name):
   """Returns the arguments of an optimizer that a config may hold, with their defaults."""
-  parameters = inspect.signature(OPTIMIZERS[name]).parameters.values()
+  parameters = inspect.signature((OPTIMIZERS | ZEROTH_ORDER)[name]).parameters.values()
   return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}

@@ -121,10 +121,9 @@ def measure(transform, state, **how) -> Any:
     state: Training state.
     **how: `value_fn`, or `slopes` to take for measured.
   """
-  # The estimates that come with them are used by nothing, and the compiler drops them.
   zeros = jax.tree.map(jnp.zeros_like, state['params'])
   transform = optax.with_extra_args_support(transform)
-  _, opt = transform.update(zeros, state['opt'], state['params'], **how)
+  _, opt = transform.update(zeros, state['opt'], state['params'], hand_on=False, **how)
   return observed(state['opt'], opt)
 
 
