@@ -1,12 +1,13 @@
 """`q-galore-torch` 1.0 (VITA-Group/Q-GaLore)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from memjax.compat.hf_adam import decay_updated, scale_by_hf_adam
+from memjax.compat.bitsandbytes import scale_by_adam8bit
+from memjax.compat.hf_adam import decay_updated
 from memjax.transforms.bases import svd
 from memjax.transforms.intervals import Interval
 from memjax.transforms.project import project
@@ -19,6 +20,7 @@ def q_galore_adamw8bit(
   betas: tuple[float, float] = (0.9, 0.999),
   eps: float = 1e-8,
   weight_decay: float = 1e-2,
+  min_8bit_size: int = 4096,
   *,
   rank: int,
   update_proj_gap: int = 200,
@@ -30,7 +32,7 @@ def q_galore_adamw8bit(
   gamma_proj: float = 2,
   queue_size: int = 5,
   targets: Targets = None,
-  inner: optax.GradientTransformation | None = None,
+  backend: Literal['cuda', 'cpu'] = 'cuda',
 ) -> optax.GradientTransformationExtraArgs:
   """`q_galore_torch.QGaLoreAdamW8bit` 1.0 with float weights, on Flax kernels `[..., in, out]`.
 
@@ -43,11 +45,11 @@ def q_galore_adamw8bit(
       `gamma_proj` when the mean of the last `queue_size` cosines reaches `cos_threshold`, and may
       be again at each refresh, since the queue is not cleared.
     - The cosine is that of the leading singular vectors before quantisation, with its sign.
+    - What `adamw8bit` does with moments: blocks of the flattened projection; a projection with
+      fewer than `min_8bit_size` numbers keeps f32 moments.
     - Weight decay of projected kernels comes last and acts on the updated weight.
 
   Left out:
-    - 8-bit moments: here they are f32, as in the package for projected gradients of less than
-      4096 numbers. `inner=memjax.quantize_state(...)` keeps them in 8 bits, in blocks of its own.
     - 8-bit weights.
     - Bases held as codes: here they are the f32 numbers that the codes stand for.
     - Signs of singular vectors, see `galore_adamw`.
@@ -57,6 +59,7 @@ def q_galore_adamw8bit(
     betas: Decay rates of the two moments; the package's scripts use 0.9, 0.95.
     eps: Added to the root of the second moment, after bias correction.
     weight_decay: Decoupled decay.
+    min_8bit_size: See above.
     rank: Subspace dimension.
     update_proj_gap: Updates between two bases, to begin with.
     scale: Factor on projected updates; the package's scripts use 0.25.
@@ -68,7 +71,7 @@ def q_galore_adamw8bit(
     queue_size: See above.
     targets: Leaves of the package's low-rank group, as in `project`; `default_targets` if None.
       Other leaves get its plain AdamW.
-    inner: In place of Adam.
+    backend: Whose 8-bit kernel, see `adamw8bit`.
 
   Returns:
     A transform that needs `params` if `weight_decay` is not 0.
@@ -85,7 +88,7 @@ def q_galore_adamw8bit(
   is_other = lambda params: jax.tree.map(lambda x: not x, is_projected(params))
   return optax.chain(
     project(
-      scale_by_hf_adam(*betas, eps, correct_eps=True) if inner is None else inner,
+      scale_by_adam8bit(betas, eps, min_8bit_size, backend=backend),
       rank=ranks,
       refresh_every=update_proj_gap,
       basis=svd(),

@@ -14,31 +14,6 @@ STEPS = 24
 SHAPES = {'wide': (12, 20), 'tall': (20, 12), 'square': (16, 16)}
 
 
-@pytest.fixture
-def bitsandbytes_049(monkeypatch, torch):
-  """bitsandbytes with the arguments that q-galore-torch passes by position, up to 0.49."""
-  bitsandbytes = pytest.importorskip('bitsandbytes')
-  optimizer, functional = bitsandbytes.optim.optimizer, bitsandbytes.functional
-  init, config = optimizer.Optimizer2State.__init__, optimizer.Optimizer8bit.get_config
-  update = functional.optimizer_update_32bit
-
-  def old_init(self, name, params, *args, is_paged=False):
-    *args, percentile_clipping, block_wise = args
-    assert (percentile_clipping, block_wise) == (100, True)
-    init(self, name, params, *args, is_paged=is_paged)
-
-  def old_config(self, *args):
-    return config(self, *args) | {'percentile_clipping': 100, 'block_wise': True}
-
-  def old_update(name, g, p, state1, b1, eps, step, lr, state2, b2, decay, norm, unorm, **rest):
-    update(name, g, p, state1, b1, eps, step, lr, state2, b2, 0.0, 0.0, decay, norm, unorm, **rest)
-
-  monkeypatch.setattr(optimizer.Optimizer2State, '__init__', old_init)
-  monkeypatch.setattr(optimizer.Optimizer8bit, 'get_config', old_config)
-  monkeypatch.setattr(functional, 'optimizer_update_32bit', old_update)
-  monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
-
-
 def _gradients(shape, turn=0.1):
   """Drifting gradients whose singular values are far apart, so that no basis is degenerate."""
   rng = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """Low-bit optimizers beside the official PyTorch ones, on the same gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,25 +201,37 @@ def test_codes_are_torchao(torch):
 @pytest.mark.parametrize('proj_type', ['std', 'reverse_std'])
 @pytest.mark.parametrize('shape', [(64, 160), (160, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize('min_8bit_size', [4096, 256])
+@pytest.mark.parametrize('package', ['galore_torch.adamw8bit', 'q_galore_torch.q_galore_adamw8bit'])
 def test_galore_adamw8bit_follows_the_official_one(
-  torch, bnb, svd_with_signs, monkeypatch, shape, proj_type, min_8bit_size
+  torch, bnb, svd_with_signs, monkeypatch, request, package, shape, proj_type, min_8bit_size
 ):
   from bitsandbytes.optim.optimizer import Optimizer2State
-  from galore_torch.adamw8bit import AdamW8bit
 
-  class Official(AdamW8bit):
+  lazy = package.startswith('q_')
+  if lazy and proj_type != 'std':
+    pytest.skip('the package has the short side alone')
+  if lazy:
+    request.getfixturevalue('bitsandbytes_049')
+  official = pytest.importorskip(package).AdamW8bit
+
+  class Official(official):
     """With the constructor that bitsandbytes 0.50 has: two arguments fewer."""
 
     def __init__(self, groups, lr, weight_decay):
-      Optimizer2State.__init__(
-        self, 'adam', groups, lr, (0.9, 0.999), 1e-8, weight_decay, 8, None, min_8bit_size
-      )
+      arguments = groups, lr, (0.9, 0.999), 1e-8, weight_decay, 8, None, min_8bit_size
+      gone = (100, True) if lazy else ()
+      Optimizer2State.__init__(self, 'adam', *arguments, *gone)
 
   monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
-  group = {'rank': 16, 'update_proj_gap': 100, 'scale': 0.25, 'proj_type': proj_type}
-  ours = compat.galore_adamw8bit(
+  group = {'rank': 16, 'update_proj_gap': 100, 'scale': 0.25}
+  ours = functools.partial(compat.galore_adamw8bit, proj_type=proj_type)
+  if lazy:
+    queue = {'quant': False, 'cos_threshold': 0.4, 'gamma_proj': 2, 'queue_size': 3}
+    group, ours = group | queue, compat.q_galore_adamw8bit
+  ours = ours(
     lr=0.01, weight_decay=0.1, min_8bit_size=min_8bit_size, targets='kernel', backend='cpu', **group
   )
+  group |= {'proj_type': proj_type, 'quant_group_size': -1, 'quant_n_bit': 8}
   make = lambda weight: Official([{'params': [weight], **group}], 0.01, 0.1)
   runs = zip(run_ours(ours, shape, drifting), run_theirs(torch, make, shape, drifting))
   for (mine, _), (weight, theirs) in runs:
