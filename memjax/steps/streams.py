@@ -107,9 +107,10 @@ class _Noted:
 class Visit:
   """One layer's turn on the device: its matrices arrive in the order of their use.
 
-  Each is fetched while the product before it is under way: its fetch waits for that product's
-  input, and nothing but its own product waits for it. So at most two are on the device beside what
-  is made of them. The first of the next layer is fetched during this layer's last product.
+  A matrix is fetched while the product before its own is under way: the fetch waits until that
+  product can begin, and what is made of the matrix waits until it is over. So two are on the device
+  as they are stored, and one as it is used. The first of the next layer is fetched during this
+  layer's last product.
 
   Lives for one trace of one block; `stacks` and `first` are what it leaves to the next layer.
 
@@ -126,7 +127,7 @@ class Visit:
   def __init__(self, order, stacks, first, shardings, index, change: Callable):
     self.stacks = dict(stacks)
     self._order, self._shardings, self._index, self._change = order, shardings, index, change
-    self._ready, self._changed = {order[0]: first}, {}
+    self._ready, self._changed, self._product = {order[0]: first}, {}, None
     for path in stacks:
       if path not in order:
         self._ready[path] = take(stacks[path], shardings[path], index)
@@ -147,25 +148,30 @@ class Visit:
     the product.
     """
     if path not in self._changed:
-      x = self._fetch_after(path, x)
-      new = self._change(path, self._ready.pop(path), self._index)
+      leaf = self._ready.pop(path)
+      if path in self._order:
+        x, leaf = self._begin(path, x, leaf)
+      new = self._change(path, leaf, self._index)
       self.stacks[path] = put(self.stacks[path], new, self._shardings[path], self._index)
       self._changed[path] = new
     return self._changed[path], x
 
-  def _fetch_after(self, path, x):
-    if path not in self._order:
-      return x
+  def end(self, y: jax.Array) -> jax.Array:
+    """Notes the result of a product, which the next waits for, and returns it."""
+    self._product = lax.optimization_barrier(y)
+    return self._product
+
+  def _begin(self, path, x, leaf):
+    """Lets the last product end, and fetches the matrix after this one."""
     place = self._order.index(path) + 1
     last = place == len(self._order)
     following = self._order[0 if last else place]
     layers = jax.tree.leaves(self.stacks[path])[0].shape[0]
     # Of the layer after the last there is none; fetching some other's is simpler than a condition.
     index = jnp.minimum(self._index + 1, layers - 1) if last else self._index
-    if x is not None:
-      x, index = lax.optimization_barrier((x, index))
+    x, leaf, index, _ = lax.optimization_barrier((x, leaf, index, self._product))
     self._ready[following] = take(self.stacks[following], self._shardings[following], index)
-    return x
+    return x, leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +190,7 @@ class Visiting:
 
   def dot(self, x, transpose=False):
     leaf, x = self.visit.ask(self.path, x)
-    y = weights.dot(x, self.see(self.path, leaf), transpose)
-    return lax.optimization_barrier(y)
+    return self.visit.end(weights.dot(x, self.see(self.path, leaf), transpose))
 
   def take(self, ids):
     leaf, ids = self.visit.ask(self.path, ids)
