@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from memjax import transforms
-from memjax.estimators.estimator import FORGET, find
+from memjax.estimators.estimator import FORGET, find, is_state
 from memjax.estimators.log import Log, find_log, fingerprint, observed
 from memjax.steps import held, slices
 from memjax.steps.layerwise import make_advance, shardings_of
@@ -60,7 +60,7 @@ def make_train_step(
     value_fn = lambda params: loss(params, batch)[0] / count
     opt = measure(transform, state, value_fn=value_fn)
     rows = _first_rows(state['params'])
-    state = advance({**state, 'opt': opt})
+    state = advance({**state, 'opt': _after(rows, opt)})
     found = find(state['opt'])
     metrics = {
       'train/loss': found.value,
@@ -197,6 +197,15 @@ def _first_rows(params):
   """The first `[n]` of each leaf, few numbers that stand for all."""
   leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim]
   return [leaf[(0,) * (leaf.ndim - 1)] for leaf in leaves]
+
+
+def _after(read, opt):
+  """Makes the update wait for what was read: otherwise all parameters are copied for it."""
+
+  def wait(x):
+    return x._replace(count=lax.optimization_barrier((x.count, read))[0]) if is_state(x) else x
+
+  return jax.tree.map(wait, opt, is_leaf=is_state)
 
 
 def _ulps(old, new):

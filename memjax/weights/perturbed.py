@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from memjax.weights.weight import Weight, dot, materialize, take
 
@@ -40,7 +41,7 @@ class Perturbed:
 
   def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
     """Returns `x[..., m] @ (w + scale z)[m, n]`, or with the transpose, in `x.dtype`."""
-    return dot(x, self._sum(materialize(self.value)).astype(x.dtype), transpose)
+    return dot(x, _row_major(self._sum(materialize(self.value)).astype(x.dtype)), transpose)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` of the sum, drawing the noise of these alone."""
@@ -97,13 +98,22 @@ class LowRank:
   def materialize(self) -> jax.Array:
     """Returns the sum `[..., m, n]`, in the dtype of the weight."""
     value = materialize(self.value)
-    product = jnp.einsum('...mr,...nr->...mn', self.left, self.right)
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    left, right = self.left.astype(dtype), self.right.astype(dtype)
+    product = jnp.einsum('...mr,...nr->...mn', left, right)
     return _add(value, self.scale, product.reshape(value.shape)).astype(value.dtype)
 
   @property
   def _reshaped(self):
     value = jax.eval_shape(materialize, self.value)
     return (self.left.shape[-2], self.right.shape[-2]) != value.shape[-2:]
+
+
+def _row_major(x):
+  """Keeps the layout in which a product would like its weight from that of all layers together,
+  which a TPU's compiler would then copy whole before the loop over layers.
+  """
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _add(value, scale, noise):
