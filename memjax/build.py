@@ -13,7 +13,19 @@ from ml_collections import ConfigDict
 
 from memjax import config as config_lib
 from memjax import models, optimizers, schedules, sharding, weights
-from memjax.steps import groups, layerwise, offload, rotations, slices, whole_tree, zeroth_order
+from memjax.estimators import noise
+from memjax.estimators.spsa import dense
+from memjax.steps import (
+  groups,
+  layerwise,
+  offload,
+  rotations,
+  slices,
+  streamed,
+  streams,
+  whole_tree,
+  zeroth_order,
+)
 
 
 class Parts(NamedTuple):
@@ -28,6 +40,8 @@ class Parts(NamedTuple):
   init: Any  # Jitted: key -> state.
   step: Any  # Jitted: (state, batch) -> (state, metrics); donates the state.
   eval_step: Any  # Jitted: (params, batch) -> (loss sum, count).
+  flush: Any = lambda state: state  # Applies to the parameters what is due; donates the state.
+  view: Any = lambda params: params  # Parameters as the model's functions take them.
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -46,6 +60,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     init_params = functools.partial(model.init, store=weights.quantise)
   params = weights.dense(jax.eval_shape(init_params, jax.random.key(0)))
   dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
+  if config.step == 'streamed':
+    return _build_streamed(config, mesh, model, schedule, dense_shardings)
   layout = sharding.layout(params, dense_shardings)
   optimizer = lambda schedule: build_transform(config, schedule, layout, model.head_dim)
   rotation = build_rotation(config, model.layers)
@@ -111,6 +127,64 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     # counts is what is alive, and all of it is donated.
     step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
     eval_step=jax.jit(model.loss),
+  )
+
+
+def _build_streamed(config, mesh, model, schedule, dense_shardings) -> Parts:
+  """Puts together a run whose blocks live in the host's memory."""
+  method = build_method(config, schedule)
+  store = weights.quantise if config.weights == 'int8' else lambda matrix: matrix
+  init_params = functools.partial(model.init, store=lambda matrix: streams.to_host(store(matrix)))
+  init = functools.partial(streamed.init_state, init_params, method)
+  state = jax.eval_shape(init, jax.random.key(0))
+  here = NamedSharding(mesh, jax.sharding.PartitionSpec())
+  placed = sharding.weight_shardings(state['params'], dense_shardings)
+  shardings = {
+    'step': here,
+    'params': streams.place(placed, state['params']),
+    'opt': jax.tree.map(lambda _: here, state['opt']),
+  }
+  batch = batch_shapes(config.batch_size, config.seq_len, mesh)
+  step = streamed.make_train_step(model, method, shardings=shardings)
+  flush = streamed.make_flush(method, shardings=shardings)
+  return Parts(
+    model=model,
+    schedule=schedule,
+    transform=method.transform,
+    state=_place(state, shardings),
+    batch=batch,
+    eval_batch=batch,
+    init=jax.jit(init, out_shardings=shardings),
+    step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
+    eval_step=jax.jit(lambda params, batch: model.loss(weights.offloaded(params), batch)),
+    flush=jax.jit(flush, donate_argnums=0, out_shardings=shardings),
+    view=weights.offloaded,
+  )
+
+
+def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Method:
+  """Returns what a streamed step estimates.
+
+  Raises:
+    ValueError: for an optimizer that a streamed step cannot run, naming the field.
+  """
+  o = {k: config.optimizer.get(k, v) for k, v in optimizers.arguments('mezo').items()}
+  known = dict(name='mezo', samples=1, sides=2, blockwise=False, log_steps=0)
+  for field, only in known.items():
+    if config.optimizer.get(field, only) != only:
+      raise ValueError(
+        f'config.optimizer.{field} is {config.optimizer[field]!r}, but a streamed step sends the '
+        f'blocks through the device once, for two values, and keeps nothing else: set it to '
+        f"{only!r}, or config.step='zeroth_order'"
+      )
+  family = noise.family(o['noise'])
+  if o['density'] != 1.0:
+    family = noise.sparse(family, o['density'], o['resample_every'])
+  return streamed.Method(
+    build_transform(config, schedule),
+    dense(family, o['seed']),
+    o['eps'],
+    rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
   )
 
 

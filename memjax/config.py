@@ -63,7 +63,7 @@ def default() -> ConfigDict:
 
   # Or 'layerwise': one layer's gradient at a time, rematerialised in full; or 'hift', 'badam' or
   # 'lisa', where groups of layers take turns; or 'zeroth_order', forward passes only, with an
-  # optimizer that takes no gradient.
+  # optimizer that takes no gradient; or 'streamed', the same with the blocks in host memory.
   c.step = 'whole_tree'
   # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
   # what the method's authors chose.
@@ -307,7 +307,8 @@ def _check_zeroth_order(c: ConfigDict) -> None:
       'it at 0 and lower config.optimizer.learning_rate'
     )
   for field, only in (('weights', 'dense'), ('offload_state', 0.0)):
-    if c[field] != only:
+    streams_codes = c.step == 'streamed' and field == 'weights'
+    if c[field] != only and not streams_codes:
       raise ValueError(f'config.step={c.step!r} goes with config.{field}={only!r} alone')
 
 

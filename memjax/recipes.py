@@ -164,3 +164,20 @@ def llama_zeroth_order(smoke: bool):
   c.checkpoint.every = 2 if smoke else 4000
   c.sample.tokens = 8 if smoke else 64
   return c
+
+
+def opt_zeroth_order(size: str, arg: str, step: str):
+  """Returns the config of an OPT model fine-tuned with MeZO.
+
+  Args:
+    size: As in `opt_13b`.
+    arg: May hold `smoke`, `noise=...` and `weights=...`.
+    step: 'zeroth_order', or 'streamed' from host memory.
+  """
+  arg = parse_arg(arg, smoke=False, noise='gaussian', weights='dense')
+  c = llama_zeroth_order(arg.smoke)
+  c.model = 'opt_tiny' if arg.smoke else f'opt_{size}'
+  c.step = step
+  c.weights = arg.weights
+  c.optimizer = optimizer('mezo', learning_rate=1e-6, eps=1e-3, noise=arg.noise)
+  return c

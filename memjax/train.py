@@ -111,6 +111,12 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
         writer.write(finished, values)
         progress.say(f'step {finished}  validation loss {values["eval/loss"]:.4f}')
 
+    def settled(finished, state):
+      """The state as it is, or as those who read its parameters now must have it."""
+      every = (config.eval_every, config.checkpoint.every)
+      read = any(interval and finished % interval == 0 for interval in every)
+      return parts.flush(state) if read or finished == config.steps else state
+
     def save(finished, state, values, force):
       if force or finished % config.checkpoint.every == 0:
         check_finite(finished, values)  # So that what is saved can be resumed.
@@ -128,9 +134,11 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
         finished += 1
         if finished % config.log_every == 0 or finished == config.steps:
           log(finished, values, parts.schedule, writer, progress)
+        state = settled(finished, state)
         evaluate_if_due(finished, state)
         save(finished, state, values, force=finished == config.steps)
       if finished < config.steps:
+        state = parts.flush(state)
         save(finished, state, values, force=True)
         progress.say(f'stopped after step {finished}, as asked; the same command resumes')
 
@@ -138,7 +146,8 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     if primary:
       metrics.plot_loss(directory)
     if finished == config.steps and config.sample.tokens:
-      text = sample(config, parts.model, state['params'], dataset.tokenizer)
+      params = parts.view(state['params'])
+      text = sample(config, parts.model, params, dataset.tokenizer)
       say(escape(text))
       if primary:
         (directory / 'sample.txt').write_text(text + '\n')

@@ -12,7 +12,7 @@ import traceback
 import jax
 from ml_collections import ConfigDict
 
-from memjax import build, sharding, weights
+from memjax import build, optimizers, sharding, weights
 from memjax.plan import collectives, exported, memory, targets
 
 _VERSIONED = ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
@@ -109,6 +109,8 @@ def _of_config(fields, devices):
 
 def gradients(config: ConfigDict, state) -> int:
   """Returns bytes per device of the gradients that a config's step forms at once."""
+  if config.step in optimizers.ZEROTH_ORDER_STEPS:
+    return 0
   layerwise = config.step != 'whole_tree'
   # Those of 8-bit weights are dense.
   state = state | {'params': weights.dense(state['params'])}

@@ -34,6 +34,13 @@ def place(shardings: dict, params: dict) -> dict:
   return {**shardings, slices.STACK: stack}
 
 
+def to_host(tree: Any) -> Any:
+  """Returns arrays in the host's memory, under `jit`: of one layer after the other, that is where a
+  loop stacks them.
+  """
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
+
+
 def flatten(tree: Any) -> dict:
   """Returns `{path: leaf}`, whole weights being leaves, by their paths within the tree."""
   leaves = jax.tree.leaves_with_path(tree, is_leaf=weights.is_weight)

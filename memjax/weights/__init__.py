@@ -5,18 +5,21 @@ low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model c
 """
 
 from memjax.weights.int8 import Int8, dense, quantise
+from memjax.weights.offloaded import Offloaded, offloaded
 from memjax.weights.perturbed import LowRank, Perturbed
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take
 
 __all__ = [
   'Int8',
   'LowRank',
+  'Offloaded',
   'Perturbed',
   'Weight',
   'dense',
   'dot',
   'is_weight',
   'materialize',
+  'offloaded',
   'quantise',
   'take',
 ]
