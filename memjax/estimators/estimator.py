@@ -34,8 +34,9 @@ class EstimatorState(NamedTuple):
   slopes: jax.Array  # f32[n, G], of the last estimate; zeros if it was skipped.
   moments: jax.Array  # f32[2], running mean of the slopes and of their squares.
   signal: jax.Array  # f32[], difference of two values over the resolution of their mean in f32.
-  history: jax.Array  # f32[W, n, G], slopes of the last W that were not skipped, the newest last.
-  numbers: jax.Array  # i32[W], their numbers.
+  # None where W is 0: an array without numbers is one that no checkpoint can hold.
+  history: Any  # f32[W, n, G], slopes of the last W that were not skipped, the newest last.
+  numbers: Any  # i32[W], their numbers.
   basis: Any  # What directions are made from; changes when values are measured.
   momentum: Any  # What estimates add up in; changes when an estimate is handed on.
 
@@ -124,8 +125,8 @@ def estimator(
       slopes=jnp.zeros((samples, leaves.groups), dtype),
       moments=jnp.zeros(2, dtype),
       signal=jnp.zeros((), dtype),
-      history=jnp.zeros((window, samples, leaves.groups), dtype),
-      numbers=jnp.full(window, -1, jnp.int32),
+      history=jnp.zeros((window, samples, leaves.groups), dtype) if window else None,
+      numbers=jnp.full(window, -1, jnp.int32) if window else None,
       basis={name: leaves.tree(parts) for name, parts in basis.items()},
       momentum=leaves.tree(momentum),
     )
@@ -203,8 +204,8 @@ def estimator(
       slopes=keep(slopes, jnp.zeros_like(slopes)),
       moments=keep(FORGET * state.moments + (1 - FORGET) * seen, state.moments),
       signal=keep(span * jnp.sqrt(seen[1]) / resolution, state.signal),
-      history=keep(_push(state.history, slopes), state.history),
-      numbers=keep(_push(state.numbers, state.count), state.numbers),
+      history=keep(_push(state.history, slopes), state.history) if window else None,
+      numbers=keep(_push(state.numbers, state.count), state.numbers) if window else None,
       basis={name: leaves.tree(parts) for name, parts in basis.items()},
       momentum=state.momentum,
     )
@@ -334,7 +335,7 @@ def _forward(task):
 
 def _push(rows, new):
   """Drops the first row and appends another."""
-  return jnp.concatenate([rows, new[None]])[1:] if len(rows) else rows
+  return jnp.concatenate([rows, new[None]])[1:]
 
 
 def _best(evaluate, rate, slopes):
