@@ -18,6 +18,7 @@ from memjax.transforms import explicit, intervals, lifts
 from memjax.transforms import moments as moments_lib
 from memjax.transforms import storage as storage_lib
 from memjax.transforms.bases import Address, Basis, subspace_iteration
+from memjax.transforms.float32 import Float32
 from memjax.transforms.intervals import Clock, Interval
 from memjax.transforms.layers import Layer
 from memjax.transforms.lifts import Lift
@@ -139,6 +140,7 @@ def project(
   )
   _check(rank, side, refresh_every, moments, lift, ways)
   inner = optax.with_extra_args_support(inner)
+  widens = isinstance(inner, Float32)
 
   def impose(plan, leaf):
     return leaf if layout is None or not plan.projected else layout(plan.path, leaf)
@@ -198,7 +200,10 @@ def project(
     right = [_basis(c, h.right, g, basis, seed, -1) for c, h, g in zip(clocks, held, gradients)]
     reduced = gradients
     if not projected:
-      reduced = [_project(*each) for each in zip(gradients, left, right)]
+      reduced = [
+        g if widens and not plan.projected else _project(g, *sides)
+        for plan, g, *sides in zip(plans, gradients, left, right)
+      ]
     reduced = [impose(plan, leaf) for plan, leaf in zip(plans, reduced)]
     answers, inner_state = inner.update(treedef.unflatten(reduced), inner_state, None, **extra_args)
     answers = treedef.flatten_up_to(answers)

@@ -4,6 +4,7 @@ Shapes in this file: a parameter is `[..., m, n]`; blocks of `b` numbers share a
 `memjax.transforms.blockwise`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,8 @@ from jax import lax
 from memjax.naming import path_string
 from memjax.transforms import blockwise, codes, explicit, slices
 from memjax.transforms import stored as stored_lib
-from memjax.transforms.float32 import in_float32
+from memjax.transforms.float32 import Float32, in_float32
+from memjax.transforms.units import unit_axes
 
 # Names under which transforms keep what has the shape of a parameter, and whether it has a sign.
 SIGNS = {
@@ -74,7 +76,7 @@ def quantize_state(
     kind: Map from codes to numbers, see `memjax.transforms.codes.make`.
     block_size: Largest number of neighbours that share a scale. The block is the largest divisor of
       the last axis (the one before, if the last has no good one) that is not above it.
-    min_size: Leaves with fewer numbers stay f32.
+    min_size: Matrices, and vectors of a stack, with fewer numbers stay f32.
     signs: For names of the inner state beyond mu, trace, ema, nu, nu_max and sum_of_squares:
       `'signed'`, `'unsigned'`, or `'keep'` for f32. A second moment is unsigned.
     layout: `memjax.sharding.layout(...)`: says where devices divide a leaf, and blocks then divide
@@ -113,7 +115,7 @@ def quantize_state(
     inner_leaves, scales = list(leaves), [optax.MaskedNode()] * len(leaves)
     for i, (_, path, name) in belongs.items():
       leaf = leaves[i]
-      if leaf.size >= min_size and signs.get(name) in coders:
+      if _unit_size(path, leaf) >= min_size and signs.get(name) in coders:
         blocks = blockwise.plan(leaf.shape, block_size, bits, ways(path, leaf.shape))
         if blocks is not None:
           count = cut(path, leaf.shape, blocks)
@@ -166,7 +168,7 @@ def quantize_state(
       ),
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return Float32(init, update)
 
 
 def _check(block_size, signs):
@@ -180,7 +182,7 @@ def _check(block_size, signs):
 def _check_names(belongs, leaves, params, signs, min_size):
   """Refuses state whose sign is not known, and a state without moments."""
   for i, (_, path, name) in belongs.items():
-    if leaves[i].size >= min_size and name not in signs:
+    if _unit_size(path, leaves[i]) >= min_size and name not in signs:
       raise ValueError(
         f'{path}: the inner state keeps {name!r} of shape {leaves[i].shape}, which may have a sign '
         f"or not; say it with signs={{{name!r}: 'signed'}}, 'unsigned', or 'keep' for f32"
@@ -188,13 +190,18 @@ def _check_names(belongs, leaves, params, signs, min_size):
   large = [
     path_string(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if leaf.size >= min_size
+    if _unit_size(path_string(path), leaf) >= min_size
   ]
   if large and not belongs:
     raise ValueError(
       f'the inner state keeps nothing in the shape of its parameters, such as {large[0]}; wrap the '
       'transform that has the moments, as in project(quantize_state(inner), rank)'
     )
+
+
+def _unit_size(path, leaf) -> int:
+  """Numbers of one matrix or vector of a leaf: the same for a stack and for one layer of it."""
+  return math.prod(leaf.shape[axis] for axis in unit_axes(path, leaf))
 
 
 def _first(leaf, blocks, coder, count):
