@@ -22,6 +22,7 @@ from jax import lax
 from memjax import transforms, weights
 from memjax.estimators.estimator import Directions, find, is_state
 from memjax.estimators.leaves import describe, group_scales
+from memjax.estimators.log import Log
 from memjax.steps import lockstep, slices, streams
 from memjax.steps.slices import STACK
 from memjax.steps.zeroth_order import measure
@@ -309,14 +310,20 @@ def _shapes(params):
 
 def _check(method, inner, params):
   """Refuses what would have to be streamed beside the weights, or read before them."""
+  found = find(inner)
   owners = [slot.owner for slot in slices.plan(method.transform, params) if slot.owner]
   if owners:
     raise ValueError(
       f'the optimizer keeps state for {owners[0]}, but a streamed step keeps none for the weights '
       "that it streams; use plain descent, or step='zeroth_order' on a larger device"
     )
-  if find(inner).slopes.size != 1:
+  if any(isinstance(x, Log) for x in jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, Log))):
     raise ValueError(
-      f'the optimizer takes slopes of shape {find(inner).slopes.shape} a step, but a streamed step '
+      'the optimizer keeps a log, which begins with a look at all weights; a streamed run keeps '
+      'none: set log_steps=0'
+    )
+  if found.slopes.size != 1:
+    raise ValueError(
+      f'the optimizer takes slopes of shape {found.slopes.shape} a step, but a streamed step '
       'sends the blocks through the device once: one direction, all parameters'
     )

@@ -1,116 +1,312 @@
 """Blocks streamed from host memory: the bits of the step that holds them on the device."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from memjax import sharding, transforms, weights
+from memjax import checkpoint, sharding, transforms, weights
 from memjax.estimators import methods, noise
 from memjax.estimators.spsa import dense
-from memjax.models import create
 from memjax.naming import path_string
-from memjax.steps import streamed, streams
-from memjax.weights import Perturbed
+from memjax.steps import lockstep, streamed, streams, whole_tree, zeroth_order
 
-EPS, DECAY = 1e-2, 0.1
-TINY = dict(vocab=64, hidden=16, intermediate=32, heads=2, layers=2, positions=8)
-SEED = 5
+EPS, DECAY, SEED = 1e-2, 0.1, 5
+LAYERS, VOCAB, WIDTH, INNER = 3, 16, 8, 16
+RULES = (
+  (r'blocks/up/kernel', P(None, None, 'fsdp')),
+  (r'blocks/down/kernel', P(None, 'fsdp', None)),
+  (r'.*', P()),
+)
+
+
+class Toy:
+  """A model of the kind the step takes: two matrices and a vector a layer."""
+
+  def embed(self, params, tokens):
+    return weights.take(params['embed']['embedding'], tokens)
+
+  def block(self, layer, x):
+    scale = weights.materialize(layer['norm']['scale']).astype(x.dtype)
+    hidden = jnp.tanh(weights.dot(x * scale[None, None, :], layer['up']['kernel']))
+    return x + weights.dot(hidden, layer['down']['kernel'])
+
+  def head_loss(self, params, x, targets, mask):
+    logits = weights.dot(x, params['head']['kernel']).astype(jnp.float32)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(chosen * mask), jnp.sum(mask)
+
+  def loss(self, params, batch):
+    x = self.embed(params, batch['tokens'])
+    x, _ = jax.lax.scan(lambda x, layer: (self.block(layer, x), None), x, params['blocks'])
+    return self.head_loss(params, x, batch['targets'], batch['weights'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cheap(noise.Noise):
+  """Signs from one multiplication, which compile in no time."""
+
+  def at(self, key, row, column):
+    bits = (row * np.uint32(0x9E3779B1) + column * np.uint32(0x85EBCA77)) ^ key[0]
+    return self.of_bits(bits * np.uint32(0xC2B2AE3D))
+
+
+CHEAP = Cheap('cheap', noise.rademacher.of_bits)
+
+
+def init_params(key, dtype='float32', quantised=False):
+  del key
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(0.5 * rng.standard_normal(shape), dtype)
+  store = weights.quantise if quantised else lambda x: x
+  return {
+    'embed': {'embedding': draw(VOCAB, WIDTH)},
+    'blocks': {
+      'norm': {'scale': draw(LAYERS, WIDTH)},
+      'up': {'kernel': store(draw(LAYERS, WIDTH, INNER))},
+      'down': {'kernel': store(draw(LAYERS, INNER, WIDTH))},
+    },
+    'head': {'kernel': draw(WIDTH, VOCAB)},
+  }
+
+
+def batch_of(step, rows=2, length=8):
+  rng = np.random.default_rng(100 + step)
+  tokens = rng.integers(0, VOCAB, (rows, length + 1), dtype=np.int32)
+  mask = np.asarray(rng.random((rows, length)) < 0.7, np.float32)
+  return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': mask}
 
 
 def rate(count):
   return 0.03 / (1 + count)
 
 
-def batch_of(i):
-  tokens = np.random.default_rng(i).integers(0, 64, (2, 9), dtype=np.int32)
-  ones = jnp.ones((2, 8))
-  return {'tokens': jnp.array(tokens[:, :-1]), 'targets': jnp.array(tokens[:, 1:]), 'weights': ones}
+def decays(params):
+  return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def keys(path, step, leaf):
-  name = path_string(path)
-  layers = jnp.arange(leaf.shape[0]) if name.startswith('blocks/') else None
-  return noise.rademacher.key(jax.random.key(SEED), step, name, layers)
+def optimizer(**options):
+  options = dict(noise=CHEAP, seed=SEED, form='weights') | options
+  return methods.mezo(rate, EPS, weight_decay=DECAY, mask=decays, **options)
 
 
-def unstreamed(model, rounding):
-  """The same method with all parameters at hand, from its definition."""
+def method_of(rounding=None, transform=None):
+  return streamed.Method(transform or optimizer(), dense(CHEAP, SEED), EPS, rounding_key=rounding)
+
+
+class Run:
+  """A streamed run: state on its devices, and the compiled programs."""
+
+  def __init__(self, method, mesh=None, **form):
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    init = functools.partial(streamed.init_state, functools.partial(init_params, **form), method)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    here = jax.NamedSharding(mesh, P())
+    where = sharding.param_shardings(weights.dense(shapes['params']), RULES, mesh)
+    where = sharding.weight_shardings(shapes['params'], where)
+    self.shardings = {
+      'step': here,
+      'params': streams.place(where, shapes['params']),
+      'opt': jax.tree.map(lambda _: here, shapes['opt']),
+    }
+    self.fresh = lambda: jax.device_put(init(jax.random.key(0)), self.shardings)
+    step = streamed.make_train_step(Toy(), method, shardings=self.shardings)
+    self.traceable = step
+    out = (self.shardings, None)
+    self.step = jax.jit(step, donate_argnums=0, out_shardings=out)
+    flush = streamed.make_flush(method, shardings=self.shardings)
+    self.flush = jax.jit(flush, out_shardings=self.shardings)
+
+
+@pytest.fixture(scope='module')
+def run():
+  return Run(method_of())
+
+
+def by_definition(rounding):
+  """The method with all parameters at hand, from its formulas."""
 
   def step(params, number, batch):
-    def see(side):
+    def key(path, leaf):
+      name = path_string(path)
+      layers = jnp.arange(leaf.shape[0]) if name.startswith('blocks/') else None
+      return CHEAP.key(jax.random.key(SEED), number, name, layers)
+
+    def value(side):
       def perturb(path, leaf):
-        key = keys(path, number, weights.dense(leaf))
-        return Perturbed(leaf, key, jnp.full(key.shape[:-1], side, jnp.float32), noise.rademacher)
+        place = key(path, jax.eval_shape(weights.materialize, leaf))
+        scale = jnp.full(place.shape[:-1], side, jnp.float32)
+        return weights.Perturbed(leaf, place, scale, CHEAP)
 
-      return jax.tree.map_with_path(perturb, params, is_leaf=weights.is_weight)
+      seen = jax.tree.map_with_path(perturb, params, is_leaf=weights.is_weight)
+      total, count = Toy().loss(seen, batch)
+      return total / count
 
-    plus, minus = [model.loss(see(side), batch) for side in (EPS, -EPS)]
-    slope = (plus[0] / plus[1] - minus[0] / minus[1]) / (2 * EPS)
+    slope = (value(EPS) - value(-EPS)) / (2 * EPS)
 
     def update(path, leaf):
-      z = noise.rademacher.draw(keys(path, number, leaf), leaf.shape)
       decay = DECAY * leaf.astype(jnp.float32) if leaf.ndim > 1 else 0
-      return -rate(number) * (slope * z + decay)
+      return -rate(number) * (slope * CHEAP.draw(key(path, leaf), leaf.shape) + decay)
 
     updates = jax.tree.map_with_path(update, weights.dense(params))
-    key = None if rounding is None else jax.random.fold_in(rounding, number)
-    return transforms.apply_updates(params, updates, key), slope
+    key_now = None if rounding is None else jax.random.fold_in(rounding, number)
+    return transforms.apply_updates(params, updates, key_now), slope
 
   return jax.jit(step)
 
 
-def method_of(rounding=None, **options):
-  options = dict(noise='rademacher', seed=SEED) | options
-  transform = methods.mezo(
-    rate, EPS, weight_decay=DECAY, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p), **options
-  )
-  directions = dense(noise.family(options['noise']), options['seed'])
-  return streamed.Method(transform, directions, EPS, rounding_key=rounding)
-
-
-def on_host(params, model, mesh):
-  """Parameters with the blocks' matrices in host memory, and their shardings."""
-  where = sharding.param_shardings(weights.dense(params), model.SHARDING, mesh)
-  where = streams.place(sharding.weight_shardings(params, where), params)
-  return jax.device_put(params, where), where
-
-
-def one_device():
-  return sharding.make_mesh(devices=jax.devices()[:1])
-
-
-def start(model, mesh, method, store=lambda matrix: matrix):
-  params = jax.jit(lambda key: model.init(key, store))(jax.random.key(0))
-  placed, where = on_host(jax.tree.map(jnp.copy, params), model, mesh)
-  state = streamed.init_state(lambda key: placed, method, None)
-  shardings = {'params': where}
-  step = jax.jit(streamed.make_train_step(model, method, shardings=shardings), donate_argnums=0)
-  flush = jax.jit(streamed.make_flush(method, shardings=shardings))
-  return params, state, step, flush
-
-
-@pytest.mark.parametrize('form', ['f32', 'bf16', 'int8'])
-@pytest.mark.parametrize('family', ['opt', 'llama'])
-def test_flushed_it_has_the_bits_of_the_unstreamed_step(family, form):
-  dtype = 'float32' if form == 'f32' else 'bfloat16'
-  sizes = TINY if family == 'opt' else {k: v for k, v in TINY.items() if k != 'positions'}
-  model = create(f'{family}_tiny', **sizes, param_dtype=dtype)
-  rounding = None if form == 'f32' else jax.random.key(7)
-  store = weights.quantise if form == 'int8' else lambda matrix: matrix
-  params, state, step, flush = start(model, one_device(), method_of(rounding), store)
-  reference = unstreamed(model, rounding)
-  slopes = []
-  for i in range(3):
-    state, metrics = step(state, batch_of(i))
-    slopes.append(metrics['zo/slope'])
-    before, (params, slope) = params, reference(params, i, batch_of(i))
-    assert abs(slope) == slopes[-1] != 0
-    # One update behind, until flushed.
-    assert_same_bits(state['params'], before)
-  assert_same_bits(flush(state)['params'], params)
-  assert state['params']['blocks']['mlp']['up']['kernel'] is not None
-
-
 def assert_same_bits(a, b):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def kinds(tree):
+  return jax.tree.map(lambda x: x.sharding.memory_kind, tree)
+
+
+def test_flushed_it_has_the_bits_of_the_zeroth_order_step(run):
+  """With a learning rate that falls: the update has the one of the step that made it."""
+  transform = optimizer()
+  other = whole_tree.init_state(init_params, transform, None)
+  unstreamed = jax.jit(zeroth_order.make_train_step(Toy().loss, transform))
+  state = run.fresh()
+  for i in range(3):
+    before = other['params']
+    other, metrics = unstreamed(other, batch_of(i))
+    state, streamed_metrics = run.step(state, batch_of(i))
+    assert metrics['zo/slope'] == streamed_metrics['zo/slope'] > 0
+    assert_same_bits(state['params'], before)  # One update behind.
+    flushed = run.flush(state)
+    assert_same_bits(flushed['params'], other['params'])
+  assert state['opt'].due
+  assert not flushed['opt'].due
+  assert_same_bits(run.flush(flushed)['params'], flushed['params'])  # Nothing is due.
+  blocks = {'norm': 'device', 'up': 'pinned_host', 'down': 'pinned_host'}
+  for name, kind in blocks.items():
+    assert set(jax.tree.leaves(kinds(state['params']['blocks'][name]))) == {kind}
+  assert set(jax.tree.leaves(kinds(state['params']['head']))) == {'device'}
+
+
+@pytest.mark.parametrize('quantised', [False, True], ids=['bf16', 'int8'])
+def test_host_copies_of_few_bits(quantised):
+  """Rounded stochastically, by the same noise as all at once; products are in f32 or bf16."""
+  rounding = jax.random.key(7)
+  form = dict(dtype='bfloat16', quantised=quantised)
+  run, reference = Run(method_of(rounding), **form), by_definition(rounding)
+  params, state = init_params(None, **form), run.fresh()
+  for i in range(2):
+    state, metrics = run.step(state, batch_of(i))
+    params, slope = reference(params, i, batch_of(i))
+    assert abs(slope) == metrics['zo/slope'] > 0
+  assert_same_bits(run.flush(state)['params'], params)
+  kernel = state['params']['blocks']['up']['kernel']
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(kernel)} == {'pinned_host'}
+
+
+def test_flushing_changes_no_later_step(run):
+  ends = []
+  for flushed in (False, True):
+    state = run.fresh()
+    for i in range(3):
+      state, _ = run.step(state, batch_of(i))
+      state = run.flush(state) if flushed and i == 0 else state
+    ends.append(run.flush(state))
+  assert_same_bits(ends[0], ends[1])
+
+
+@pytest.mark.parametrize('flushed', [True, False], ids=['flushed', 'update_due'])
+def test_killed_and_resumed_it_gives_the_same_bits(run, tmp_path, flushed):
+  """Also between an update and its application."""
+  state, _ = run.step(run.fresh(), batch_of(0))
+  state = run.flush(state) if flushed else state
+  assert bool(state['opt'].due) != flushed
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  with checkpoint.Checkpoints(tmp_path / 'saved', every=1) as checkpoints:
+    checkpoints.maybe_save(state, 1, {}, force=True)
+  state, _ = run.step(state, batch_of(1))
+  with checkpoint.Checkpoints(tmp_path / 'saved', every=1) as checkpoints:
+    again = checkpoints.restore(shapes).state
+  assert jax.tree.map(lambda x: x.sharding, again) == run.shardings
+  again, _ = run.step(again, batch_of(1))
+  assert_same_bits(again, state)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(run):
+  state, _ = run.step(run.fresh(), batch_of(0))
+  before = run.flush(state)['params']
+  bad = {**batch_of(1), 'weights': np.full((2, 8), np.inf, np.float32)}
+  state, metrics = run.step(state, bad)
+  assert metrics['zo/skipped'] == 1
+  state = run.flush(state)
+  assert_same_bits(state['params'], before)
+  state, metrics = run.step(state, batch_of(2))
+  assert np.isfinite(metrics['train/loss'])
+  assert metrics['zo/skipped'] == 1
+  assert not np.array_equal(run.flush(state)['params']['head']['kernel'], before['head']['kernel'])
+
+
+def test_each_matrix_moves_once_each_way_in_a_layer(run):
+  """Read off the trace of the loop over layers: the next layer's first is one of the fetched."""
+  traced = jax.make_jaxpr(run.traceable)(run.fresh(), batch_of(0))
+  loops = [e for e in traced.jaxpr.eqns if e.primitive.name in ('scan', 'while')]
+  names = lambda e: str(e.params.get('jaxpr', e.params.get('body_jaxpr')))
+  (body,) = [names(e) for e in loops if 'optimization_barrier' in names(e)]
+  assert body.count(' device_put[') == 4  # Two matrices, to the device and back.
+  assert body.count('dot_general') == 4  # Each in two passes.
+
+
+def test_a_model_is_evaluated_from_host_memory(run):
+  state = run.fresh()
+  view = jax.jit(lambda params, batch: Toy().loss(weights.offloaded(params), batch))
+  got = view(state['params'], batch_of(0))
+  assert_same_bits(got, jax.jit(Toy().loss)(init_params(None), batch_of(0)))
+
+
+def test_a_mesh_divides_the_blocks_and_changes_no_slope(run):
+  mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+  wide = Run(method_of(), mesh)
+  one, two = run.fresh(), wide.fresh()
+  for i in range(2):
+    one, a = run.step(one, batch_of(i))
+    two, b = wide.step(two, batch_of(i))
+    # Sums over shards in another order, magnified by 1 / eps.
+    np.testing.assert_allclose(a['zo/slope'], b['zo/slope'], rtol=1e-3)
+  kernel = two['params']['blocks']['up']['kernel']
+  assert kernel.sharding.memory_kind == 'pinned_host'
+  assert kernel.addressable_shards[0].data.shape == (LAYERS, WIDTH, INNER // 2)
+
+
+def test_what_would_have_to_be_streamed_beside_the_weights_is_refused():
+  params = lambda: init_params(None)
+  momentum = method_of(transform=optimizer(momentum=0.9))
+  with pytest.raises(ValueError, match=r'keeps state for .*kernel.*zeroth_order'):
+    streamed.init_state(lambda key: params(), momentum, None)
+  with pytest.raises(ValueError, match='one direction, all parameters'):
+    streamed.init_state(lambda key: params(), method_of(transform=optimizer(samples=2)), None)
+  with pytest.raises(ValueError, match='keeps a log'):
+    streamed.init_state(lambda key: params(), method_of(transform=optimizer(log_steps=9)), None)
+  with pytest.raises(ValueError, match='0 estimators'):
+    streamed.init_state(lambda key: params(), method_of(transform=optax.sgd(0.1)), None)
+
+
+def test_lockstep_computes_shared_values_once_and_joins_barriers():
+  def f(x, w):
+    w = jnp.sin(w)
+    x, w = jax.lax.optimization_barrier((jnp.cos(x), w))
+    return x * w, w + 1
+
+  both = lambda a, b, w: lockstep.both(f, a, b, w)
+  (first, second), shared = jax.jit(both)(1.0, 2.0, 3.0)
+  one, two = jax.jit(f)(1.0, 3.0), jax.jit(f)(2.0, 3.0)
+  assert_same_bits(((first, second), shared), ((one[0], two[0]), one[1]))
+  text = str(jax.make_jaxpr(both)(1.0, 2.0, 3.0))
+  assert (text.count(' sin '), text.count(' cos ')) == (1, 2)
+  assert text.count('optimization_barrier') == 1
+  with pytest.raises(ValueError, match='only one of the two'):
+    lockstep.both(lambda x, w: (x, x * w), 1.0, 2.0, 3.0)
