@@ -230,7 +230,7 @@ def build_transform(
   Arguments that only other optimizers take are not given to it.
 
   Args:
-    config: Read for `optimizer`.
+    config: Read for `optimizer` and `layer_scale`.
     learning_rate: A number or a schedule, in place of the config's peak.
     layout: See `memjax.sharding.layout`; given to the optimizers that take it.
     head_dim: Width of the model's attention heads; likewise.
@@ -241,7 +241,11 @@ def build_transform(
   given = {'layout': layout, 'head_dim': head_dim}  # By the model and the mesh, not by the config.
   taken = inspect.signature(factory).parameters
   arguments |= {k: v for k, v in given.items() if k in taken}
-  return factory(**arguments | {'learning_rate': learning_rate})
+  transform = factory(**arguments | {'learning_rate': learning_rate})
+  if config.layer_scale == 1:
+    return transform
+  of_layers = optax.masked(optax.scale(config.layer_scale), optimizers.is_target)
+  return optax.chain(optax.with_extra_args_support(transform), of_layers)
 
 
 def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:

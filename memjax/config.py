@@ -86,6 +86,7 @@ def default() -> ConfigDict:
   c.data.max_tokens = 0  # Reads at most so many; 0 reads all.
 
   c.optimizer = optimizer('adamw', learning_rate=1e-3)
+  c.layer_scale = 1.0  # Of the learning rate, for the layers' matrices; embedding and head have 1.
   c.schedule = ConfigDict(
     dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
   )  # Of `steps`; of the peak.
@@ -216,6 +217,8 @@ def validate(c: ConfigDict) -> None:
     raise ValueError(
       f'config.batch_size {c.batch_size} is not a multiple of config.accumulate {c.accumulate}'
     )
+  if c.layer_scale <= 0:
+    raise ValueError(f'config.layer_scale is {c.layer_scale}; it is a share above zero')
   if not 0 <= c.schedule.warmup_ratio < 1:
     raise ValueError(f'config.schedule.warmup_ratio is {c.schedule.warmup_ratio}; it is in [0, 1)')
   if not 0 < c.data.validation_fraction < 1:

@@ -1,13 +1,15 @@
 """Every config file loads and builds at full size as shapes; `:smoke` trains."""
 
 import pathlib
+import runpy
 
 import jax
+import jax.numpy as jnp
 import launch
 import pytest
 
 from memjax import config as config_lib
-from memjax import models, sharding
+from memjax import models, optimizers, sharding
 from memjax.build import build
 from memjax.train import train
 
@@ -150,3 +152,28 @@ def test_docstrings_show_the_command():
   for name in FILES:
     text = pathlib.Path(launch.ROOT / 'configs' / name).read_text()
     assert f'python run.py --config=configs/{name}' in text
+
+
+def test_the_layers_learn_at_their_share_of_the_rate():
+  """Of the same gradient: the update of a layer's matrix is scaled, that of the embedding not."""
+  c = config_lib.default().unlock()
+  c.model, c.schedule.warmup_ratio = 'llama_tiny', 0.0
+  updates = {}
+  for c.layer_scale in (1.0, 0.25):
+    parts = build(c, one_device())
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), parts.state['params'])
+    state = parts.transform.init(params)
+    updates[c.layer_scale], _ = parts.transform.update(params, state, params)
+  scaled = jax.tree.map(lambda one, quarter: (quarter / one).mean(), *updates.values())
+  assert set(map(float, jax.tree.leaves(scaled['blocks']['mlp']))) == {0.25}
+  assert float(scaled['embed']['embedding']) == float(scaled['blocks']['mlp_norm']['scale']) == 1
+
+
+def test_the_first_runs_methods_are_optimizers_of_every_kind():
+  spec = str(launch.ROOT / 'configs/quickstart.py')
+  methods = runpy.run_path(spec)['METHODS']
+  for name in methods:
+    build(config_lib.load(f'{spec}:smoke,method={name}'), one_device())
+  # Two are tried in other configs; plain descent does not train a transformer.
+  missing = set(optimizers.OPTIMIZERS) - {chosen['name'] for chosen, _ in methods.values()}
+  assert missing == {'apollo_mini8bit', 'q_galore8bit', 'sgd'}

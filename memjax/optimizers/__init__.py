@@ -12,6 +12,7 @@ import inspect
 from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd
 from memjax.optimizers.factored import adafactor, adalomo, came, galore_adafactor, sm3
 from memjax.optimizers.low_rank import BASES, apollo, apollo_mini, fira, galore, golore, q_galore
+from memjax.optimizers.masks import is_target
 from memjax.optimizers.quantised import (
   adam4bit,
   adamw8bit,
@@ -40,6 +41,7 @@ __all__ = [
   'ZEROTH_ORDER',
   'ZEROTH_ORDER_STEPS',
   'arguments',
+  'is_target',
 ]
 
 OPTIMIZERS = {
