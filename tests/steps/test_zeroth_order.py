@@ -27,6 +27,13 @@ OPTIMIZERS = {
 }
 
 
+# The others go with the slow tests: their parts are those of these, put together otherwise.
+QUICK = ('mezo', 'lozo_m', 'subzero')
+NAMES = [
+  name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS
+]
+
+
 def loss(params, batch):
   """A model of few leaves, which compiles soon: an embedding, three layers, a head."""
 
@@ -81,7 +88,7 @@ def assert_same(x, y):
   jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', NAMES)
 def test_layers_are_updated_as_the_chain_alone_would(name):
   """The step against `update` and `apply_updates` on plain arrays, in a function of its own."""
   transform, step = compiled(name)
@@ -107,7 +114,7 @@ def test_layers_are_updated_as_the_chain_alone_would(name):
   assert np.isfinite(list(metrics.values())).all()
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', NAMES)
 def test_a_replay_gives_the_bits_of_the_run(name, tmp_path):
   transform, _ = compiled(name)
   state, _ = trained(name)
