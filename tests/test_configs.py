@@ -11,6 +11,7 @@ import pytest
 from memjax import config as config_lib
 from memjax import models, optimizers, sharding
 from memjax.build import build
+from memjax.naming import path_string
 from memjax.train import train
 
 FILES = sorted(p.name for p in (launch.ROOT / 'configs').glob('*.py'))
@@ -36,6 +37,17 @@ LAYERWISE = {
   'q_galore_llama7b': ('llama_7b', 'q_galore8bit', 'int8', 0.004, 0.0),
 }
 
+# Values of the loss in place of gradients, with the choices of MeZO (arXiv 2305.17333, tables 15
+# and 16): model, step, optimizer.
+ZEROTH_ORDER = {
+  'lozo_llama7b': ('llama_7b', 'zeroth_order', 'lozo'),
+  'mezo_llama7b': ('llama_7b', 'zeroth_order', 'mezo'),
+  'mezo_opt13b': ('opt_13b', 'zeroth_order', 'mezo'),
+  'zo2_opt13b': ('opt_13b', 'streamed', 'mezo'),
+  'zo2_opt66b': ('opt_66b', 'streamed', 'mezo'),
+  'zo2_opt175b': ('opt_175b', 'streamed', 'mezo'),
+}
+
 
 @pytest.fixture(params=FILES)
 def file(request, monkeypatch):
@@ -48,7 +60,7 @@ def one_device():
 
 
 def test_every_file_is_tested():
-  assert len(FILES) == 2 * len(PUBLISHED) + len(LAYERWISE) + 1
+  assert len(FILES) == 2 * len(PUBLISHED) + len(LAYERWISE) + len(ZEROTH_ORDER) + 1
 
 
 @pytest.mark.parametrize('arg', ['', ':smoke'])
@@ -88,6 +100,39 @@ def test_recipes_of_one_layer_at_a_time(name):
   assert (c.step, c.remat, c.batch_size, c.seq_len) == ('layerwise', 'full', 512, 256)
   if 'galore' in name:
     assert (o.rank, o.refresh_every, o.scale) == (1024, 500, 0.25)
+
+
+@pytest.mark.parametrize('name', ZEROTH_ORDER)
+def test_recipes_of_values_in_place_of_gradients(name):
+  c = config_lib.load(str(launch.ROOT / f'configs/{name}.py'))
+  assert (c.model, c.step, c.optimizer.name) == ZEROTH_ORDER[name]
+  assert (c.batch_size, c.steps, c.schedule.name) == (16, 20_000, 'constant')
+  o = c.optimizer
+  assert o.learning_rate in (1e-6, 1e-7)  # The published grid.
+  assert (o.eps, o.weight_decay) == (1e-3, 0.0)
+  assert (c.param_dtype, c.stochastic_rounding) == ('bfloat16', True)
+
+
+def test_streamed_blocks_are_on_the_host_and_the_rest_is_not():
+  c = config_lib.load(str(launch.ROOT / 'configs/zo2_opt175b.py'))
+  params = build(c, one_device()).state['params']
+  kinds = {
+    path_string(path): leaf.sharding.memory_kind
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  on_host = {path for path, kind in kinds.items() if kind == 'pinned_host'}
+  matrices = {f'attn/{name}' for name in 'qkvo'} | {'mlp/up', 'mlp/down'}
+  assert on_host == {f'blocks/{name}/kernel' for name in matrices}
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'), [('optimizer.samples', 2), ('optimizer.sides', 1), ('optimizer.name', 'lozo')]
+)
+def test_a_streamed_run_refuses_what_would_stream_more(field, value):
+  c = config_lib.load(str(launch.ROOT / 'configs/zo2_opt13b.py:smoke'))
+  c.unlock().update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=f'config.{field} is {value!r}.*zeroth_order'):
+    build(c, one_device())
 
 
 def test_weights_in_8_bits_take_a_byte_and_train(tmp_path):
