@@ -61,9 +61,13 @@ def _add(key, layer, path, param, update):
   leaf_key = fold_in_path(key, path_string(path))
   if update.ndim < (3 if is_int8 else 2):
     return add(param, update, leaf_key)
-  layers = jnp.arange(update.shape[0]) if layer is None else layer[None]
-  keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer.astype(jnp.uint32)))(layers)
-  return jax.vmap(add)(param, update, keys)
+  key_of = lambda layer: jax.random.fold_in(leaf_key, layer.astype(jnp.uint32))
+  if layer is not None:
+    # Not by `vmap`: with an axis of size 1 in front, XLA for TPU keeps another f32 array of the
+    # matrix while it rounds to 8 bits.
+    one = add(jax.tree.map(lambda x: x[0], param), update[0], key_of(layer))
+    return jax.tree.map(lambda x: x[None], one)
+  return jax.vmap(add)(param, update, jax.vmap(key_of)(jnp.arange(update.shape[0])))
 
 
 def _add_bfloat16(param, update, key):
