@@ -115,7 +115,10 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       """The state as it is, or as those who read its parameters now must have it."""
       every = (config.eval_every, config.checkpoint.every)
       read = any(interval and finished % interval == 0 for interval in every)
-      return parts.flush(state) if read or finished == config.steps else state
+      if not read and finished < config.steps:
+        return state
+      with progress.pause():
+        return parts.flush(state)
 
     def save(finished, state, values, force):
       if force or finished % config.checkpoint.every == 0:
