@@ -93,26 +93,12 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
       return state | {'opt': offload.store_all(state['opt'], shardings['opt'], slots)}
 
   state = _place(state, shardings)
-  options = dict(
-    accumulate=config.accumulate,
-    clip_norm=config.clip_norm or None,
-    clip_by=config.clip_by,
-    rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
-  )
   gradients = shardings | {'params': dense_shardings}
-  if config.step == 'whole_tree':
-    train_step = whole_tree.make_train_step(
-      model.loss, transform, accumulate_in=config.accumulate_in, **options
-    )
-  elif config.step == 'zeroth_order':
-    train_step = zeroth_order.make_train_step(
-      model.loss, transform, rounding_key=options['rounding_key'], shardings=shardings
-    )
-  elif rotation is None:
-    train_step = layerwise.make_train_step(model, transform, shardings=gradients, **options)
+  if rotation is None:
+    train_step = _make_step(config, model, transform, shardings, gradients)
   else:
     train_step = groups.make_train_step(
-      model, optimizer, rotation, schedule, shardings=gradients, **options
+      model, optimizer, rotation, schedule, shardings=gradients, **_options(config)
     )
     schedule = rotation.learning_rate(schedule)
   return Parts(
@@ -184,6 +170,28 @@ def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Metho
     build_transform(config, schedule),
     dense(family, o['seed']),
     o['eps'],
+    rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
+  )
+
+
+def _make_step(config, model, transform, shardings, gradients):
+  """The step of a config in which no groups take turns; `gradients` shards dense parameters."""
+  options = _options(config)
+  if config.step == 'zeroth_order':
+    key = options['rounding_key']
+    arguments = dict(rounding_key=key, shardings=shardings)
+    return zeroth_order.make_train_step(model.loss, transform, **arguments)
+  if config.step == 'layerwise':
+    return layerwise.make_train_step(model, transform, shardings=gradients, **options)
+  where = config.accumulate_in
+  return whole_tree.make_train_step(model.loss, transform, accumulate_in=where, **options)
+
+
+def _options(config):
+  return dict(
+    accumulate=config.accumulate,
+    clip_norm=config.clip_norm or None,
+    clip_by=config.clip_by,
     rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
   )
 
