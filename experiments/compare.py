@@ -41,7 +41,8 @@ def main(_):
   check_same_tokens(configs)
   for name, config in configs.items():
     train(config, directory / name)
-  rows = [result(directory / name, name) for name in configs]
+  labels = shorten(list(configs))
+  rows = [result(directory / name, label) for name, label in zip(configs, labels)]
   (directory / 'compare.json').write_text(json.dumps(rows, indent=2) + '\n')
   Console().print(table(rows))
   draw(rows, directory)
@@ -57,14 +58,33 @@ def check_same_tokens(configs: dict) -> None:
       raise SystemExit(f'{first} and {name} differ in {", ".join(different)}; give them the same')
 
 
-def result(directory: pathlib.Path, name: str) -> dict:
+def shorten(names: list[str]) -> list[str]:
+  """Returns names without what they all begin and end with.
+
+  >>> shorten(['quickstart-methodadamw-steps9', 'quickstart-methodgalore-steps9'])
+  ['adamw', 'galore']
+  """
+  if len(names) < 2:
+    return names
+  start = _common(names)
+  end = _common([name[start:][::-1] for name in names])
+  return [name[start : len(name) - end] or name for name in names]
+
+
+def _common(names):
+  """How many characters all names begin with."""
+  columns = enumerate(zip(*names))
+  return next((i for i, column in columns if len(set(column)) > 1), min(map(len, names)))
+
+
+def result(directory: pathlib.Path, label: str) -> dict:
   """Reads what one run left."""
   lines = metrics.read(directory)
   parts = json.loads((directory / 'memory.json').read_text())['parts']
   evaluations = [line for line in lines if 'eval/loss' in line]
   seconds = [line['throughput/step_seconds'] for line in lines if 'throughput/step_seconds' in line]
   return {
-    'name': name,
+    'name': label,
     'eval/loss': evaluations[-1]['eval/loss'],
     'eval/perplexity': evaluations[-1]['eval/perplexity'],
     'state_bytes': parts['basis'] + parts['moments'] + parts['other_state'],
