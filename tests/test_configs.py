@@ -135,6 +135,7 @@ def test_a_streamed_run_refuses_what_would_stream_more(field, value):
     build(c, one_device())
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_take_a_byte_and_train(tmp_path):
   c = config_lib.load(str(launch.ROOT / 'configs/apollo_mini_llama13b_int8.py:smoke'))
   c.steps, c.eval_every, c.sample.tokens = 2, 0, 0
@@ -157,7 +158,7 @@ def test_the_official_rank_of_1b_is_an_argument():
   assert c.optimizer.rank == 1024
 
 
-@pytest.mark.parametrize('method', ['galore', 'adamw'])
+@pytest.mark.parametrize('method', ['galore', pytest.param('adamw', marks=pytest.mark.slow)])
 def test_a_smoke_config_trains(method, tmp_path):
   """One size: the smoke configs of the others differ in nothing that runs."""
   c = config_lib.load(str(launch.ROOT / f'configs/{method}_llama60m.py:smoke'))

@@ -20,11 +20,15 @@ def test_import_loads_no_data_library_tokenizer_or_compiler():
   assert done.stdout.strip() == 'set()'
 
 
-def test_the_notebook_example_of_the_readme_runs():
-  (code,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+def test_the_notebook_examples_of_the_readme_run():
+  code, forward = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
   names = {}
   with jax.numpy_rank_promotion('allow'):  # As in a notebook; the tests forbid it.
     exec(code, names)
   assert (names['params']['dense']['kernel'] != 1).any()
   left = [x for x in jax.tree.leaves(names['state']) if x.shape == (512, 64)]
   assert left  # The basis: the projection is really taken.
+  before = names['params']['dense']['kernel']
+  with jax.numpy_rank_promotion('allow'):
+    exec(forward, names)
+  assert (names['params']['dense']['kernel'] != before).any()

@@ -54,7 +54,8 @@ def test_padding_does_not_change_logits(side):
   np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('name', [pytest.param('pre_norm', marks=pytest.mark.slow), 'post_norm'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['pre_norm', 'post_norm'])
 def test_layer_by_layer_equals_the_whole_tree(name):
   """One update by plain descent: the parameters' change is the gradient."""
   model = make(**VARIANTS[name])

@@ -56,8 +56,11 @@ def test_arguments_of_every_config_are_the_bytes_of_the_live_arrays(file):
   c = config.load(str(launch.ROOT / 'configs' / file) + ':smoke')
   parts = build.build(c, sharding.make_mesh(data=1, fsdp=-1))
   found = memory.argument_parts(parts.state, parts.batch)
-  assert sum(found.values()) == bytes_on(jax.devices()[0], place((parts.state, parts.batch)))
-  assert memory.host_bytes(parts.state, parts.batch) == 0
+  on_host = memory.host_bytes(parts.state, parts.batch)
+  assert (on_host > 0) == (c.step == 'streamed')
+  # A CPU device's arrays are all that is alive, those in its host's memory too.
+  live = bytes_on(jax.devices()[0], place((parts.state, parts.batch)))
+  assert sum(found.values()) + on_host == live
 
 
 def test_arguments_of_7b_by_hand():

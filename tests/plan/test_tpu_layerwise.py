@@ -41,6 +41,7 @@ def test_no_gradient_is_larger_than_a_layers():
   assert many - few <= 12 * hidden
 
 
+@pytest.mark.slow
 def test_layer_by_layer_moves_no_matrix_that_the_ordinary_step_does_not():
   """Eight-way fsdp: a layer's weights are gathered, its gradients reduced to their shards."""
   args = dict(vocab=512, loss_chunk=64)

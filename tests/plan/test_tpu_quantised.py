@@ -15,7 +15,7 @@ pytest.importorskip('libtpu')
 SHAPES = {'blocks': {'kernel': (8, 512, 1024)}, 'embed': {'embedding': (8192, 512)}}
 
 
-@pytest.mark.parametrize('name', ['adamw8bit', 'adam4bit'])
+@pytest.mark.parametrize('name', ['adamw8bit', pytest.param('adam4bit', marks=pytest.mark.slow)])
 def test_an_update_holds_a_slice_of_its_moments_in_f32(name):
   devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:1x1').devices
   mesh = sharding.make_mesh(1, -1, 1, devices=devices)

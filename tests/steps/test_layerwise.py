@@ -77,6 +77,7 @@ def _both(c):
       1e-5,
       dict(accumulate=2, clip_norm=0.5, model_args=dict(tied=True)),
       id='tied-accumulate-clip-global',
+      marks=pytest.mark.slow,
     ),
     pytest.param(
       (1, 8, 1),

@@ -191,9 +191,8 @@ def test_flushed_it_has_the_bits_of_the_zeroth_order_step(run):
   assert set(jax.tree.leaves(kinds(state['params']['head']))) == {'device'}
 
 
-@pytest.mark.parametrize(
-  'quantised', [pytest.param(False, marks=pytest.mark.slow), True], ids=['bf16', 'int8']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('quantised', [False, True], ids=['bf16', 'int8'])
 def test_host_copies_of_few_bits(quantised):
   """Rounded stochastically, by the same noise as all at once; the device computes in f32."""
   rounding = jax.random.key(7)

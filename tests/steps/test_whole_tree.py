@@ -207,6 +207,7 @@ def test_the_subspace_adds_up_what_its_basis_sees_of_each_micro_batch():
   np.testing.assert_allclose(state['params']['b'], params['b'] - basis @ answer, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_accumulating_in_the_subspace_keeps_no_f32_sum_of_the_gradients():
   fields = dict(model='llama_tiny', accumulate=4, clip_norm=0.0, param_dtype='bfloat16')
   temporaries = {}
