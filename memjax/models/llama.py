@@ -19,8 +19,6 @@ Any leaf may be a `memjax.weights.Weight` instead of an array.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -30,15 +28,12 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding
 
 from memjax.models.attention import IMPLEMENTATIONS, Attention
-from memjax.models.cross_entropy import chunked_cross_entropy
+from memjax.models.decoder import Decoder, Params, padding
 from memjax.models.layers import Embed, GatedMLP, Linear, RMSNorm
-from memjax.models.layout import spread_lookup, sum_over_batch
-from memjax.models.module import bind, shapes
-from memjax.models.remat import check_policy, rematerialise
+from memjax.models.layout import spread_lookup
+from memjax.models.module import bind
+from memjax.models.remat import check_policy
 from memjax.models.rotary import RopeScaling
-from memjax.naming import fold_in_path, path_string
-
-Params = dict[str, Any]
 
 # Path -> layout over a mesh with axes 'data', 'fsdp', 'tensor'; the first match wins. Rows or
 # columns of a pair of products are split over 'tensor' so that the pair needs one all-reduce; the
@@ -94,7 +89,7 @@ class Head(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama:
+class Llama(Decoder):
   """A LLaMA-family model: its sizes, and pure functions of its parameters.
 
   Hashable and without arrays, so it can be a static argument of `jit`. The three pieces `embed`,
@@ -181,55 +176,8 @@ class Llama:
       raise ValueError(f'attention {self.attention!r} is none of {", ".join(IMPLEMENTATIONS)}.')
     check_policy(self.remat)
 
-  # Parameters.
-
-  def abstract(self) -> Params:
-    """Returns the parameters' shapes: the nested dict with `jax.ShapeDtypeStruct` leaves."""
-    stack = lambda s: jax.ShapeDtypeStruct((self.layers, *s.shape), s.dtype)
-    embed = shapes(Embed(self.vocab, self.hidden, self.param_dtype))
-    return {
-      'embed': embed,
-      'blocks': jax.tree.map(stack, shapes(Block(self))),
-      **shapes(Head(self)),
-    }
-
-  def num_params(self) -> int:
-    """Returns the number of parameters; a tied head counts once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
-
-  def init(
-    self, key: jax.Array, store: Callable[[jax.Array], Any] = lambda matrix: matrix
-  ) -> Params:
-    """Draws parameters: norms 1, matrices normal with standard deviation `init_std`.
-
-    Each leaf's noise is addressed by its path and, in blocks, its layer, so the same key gives the
-    same bits on any mesh and a deeper model begins with a shallower one's layers. Jit it with
-    `out_shardings` to draw each shard where it stays.
-
-    Args:
-      key: PRNG key.
-      store: Maps one matrix of a block to what is kept of it, such as `memjax.weights.quantise`; a
-        stack is never held in any other form.
-    """
-    draw = lambda path, leaf: self._draw(key, path, leaf, store)
-    return jax.tree.map_with_path(draw, self.abstract())
-
-  def _draw(self, key, path, leaf, store):
-    path = path_string(path)
-    if path.endswith('scale'):
-      return jnp.ones(leaf.shape, leaf.dtype)
-    key = fold_in_path(key, path)
-    # Drawn in f32: 16-bit normals are made from 16 random bits and have no tails.
-    draw = lambda key, shape: (self.init_std * jax.random.normal(key, shape, jnp.float32)).astype(
-      leaf.dtype
-    )
-    if not path.startswith('blocks/'):
-      return draw(key, leaf.shape)
-    # Layer after layer and not in one draw, whose 32-bit temporaries are several times the leaf.
-    draw_layer = lambda layer: store(draw(jax.random.fold_in(key, layer), leaf.shape[1:]))
-    return jax.lax.map(draw_layer, jnp.arange(self.layers))
-
-  # The three pieces.
+  def modules(self):
+    return Embed(self.vocab, self.hidden, self.param_dtype), Block(self), Head(self)
 
   def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
     """Embeds tokens `i32[B, T]` as hidden states `[B, T, D]`; reads `params['embed']` only."""
@@ -258,90 +206,9 @@ class Llama:
       positions = jnp.arange(x.shape[1])[None, :]
     return self._constrain(bind(Block(self), layer)(x, positions, mask))
 
-  def head_loss(
-    self, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy and the count of tokens.
-
-    Never holds logits of more than `loss_chunk` tokens a device; see `memjax.models.cross_entropy`.
-
-    Args:
-      params: Read for `final_norm` and `head` (`embed` when tied) only.
-      x: Hidden states `[B, T, D]` after the last block.
-      targets: Next tokens `i32[B, T]`.
-      weights: `f32[B, T]`; 0 for tokens that do not count.
-
-    Returns:
-      `(sum f32[], count f32[])`; the loss is their quotient, taken once, after summing over
-      everything.
-    """
-
-    def token_losses(head, x, targets, weights):
-      chunk = max(1, self.loss_chunk // x.shape[0])
-      return chunked_cross_entropy(bind(Head(self), head), x, targets, weights, chunk)
-
-    return sum_over_batch(token_losses, self.activations)(
-      self._head_params(params), x, targets, weights
-    )
-
-  # Their compositions.
-
-  def loss(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy and the count of tokens, as `head_loss` does.
-
-    Args:
-      params: Parameters.
-      batch: `tokens` and `targets` `i32[B, T]`, `weights` `f32[B, T]`.
-    """
-    x = self.embed(params, batch['tokens'])
-    x = self.blocks(params['blocks'], x)
-    return self.head_loss(params, x, batch['targets'], batch['weights'])
-
-  def blocks(
-    self,
-    layers: Params,
-    x: jax.Array,
-    positions: jax.Array | None = None,
-    mask: jax.Array | None = None,
-  ) -> jax.Array:
-    """Applies all stacked blocks `[L, ...]` in one `lax.scan`, rematerialised as `remat` says."""
-    block = rematerialise(self.block, self.remat)
-    x, _ = jax.lax.scan(lambda x, layer: (block(layer, x, positions, mask), None), x, layers)
-    return x
-
   def hidden_states(
     self, params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None
   ) -> jax.Array:
     """Returns hidden states `[B, T, D]` after the last block; arguments as in `logits`."""
-    positions = mask = None
-    if attention_mask is not None:
-      mask = attention_mask.astype(bool)
-      # A sequence's first real token is at position 0, wherever its padding is.
-      positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    positions, mask = padding(attention_mask)
     return self.blocks(params['blocks'], self.embed(params, tokens), positions, mask)
-
-  def head_logits(self, params: Params, x: jax.Array) -> jax.Array:
-    """Returns logits `f32[B, T, V]` of hidden states `[B, T, D]`."""
-    return bind(Head(self), self._head_params(params))(x).astype(jnp.float32)
-
-  def logits(
-    self, params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None
-  ) -> jax.Array:
-    """Returns logits for every position.
-
-    Args:
-      params: Parameters.
-      tokens: `i32[B, T]`.
-      attention_mask: `[B, T]`, nonzero for tokens and zero for padding on either side; real tokens
-        then get the logits they have without padding, and those of padding mean nothing.
-
-    Returns:
-      Logits `f32[B, T, V]`, all of them: `4 B T V` bytes. To train, use `loss`.
-    """
-    return self.head_logits(params, self.hidden_states(params, tokens, attention_mask))
-
-  def _head_params(self, params: Params) -> Params:
-    return {key: params[key] for key in ('final_norm', 'embed' if self.tied else 'head')}
-
-  def _constrain(self, x: jax.Array) -> jax.Array:
-    return x if self.activations is None else jax.lax.with_sharding_constraint(x, self.activations)
