@@ -55,9 +55,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
   model = build_model(config, mesh)
   schedule = build_schedule(config)
-  init_params = model.init
-  if config.weights == 'int8':
-    init_params = functools.partial(model.init, store=weights.quantise)
+  init_params = functools.partial(model.init, store=_store(config))
   params = weights.dense(jax.eval_shape(init_params, jax.random.key(0)))
   dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
   if config.step == 'streamed':
@@ -119,7 +117,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
 def _build_streamed(config, mesh, model, schedule, dense_shardings) -> Parts:
   """Puts together a run whose blocks live in the host's memory."""
   method = build_method(config, schedule)
-  store = weights.quantise if config.weights == 'int8' else lambda matrix: matrix
+  store = _store(config)
   init_params = functools.partial(model.init, store=lambda matrix: streams.to_host(store(matrix)))
   init = functools.partial(streamed.init_state, init_params, method)
   state = jax.eval_shape(init, jax.random.key(0))
@@ -163,9 +161,7 @@ def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Metho
         f'blocks through the device once, for two values, and keeps nothing else: set it to '
         f"{only!r}, or config.step='zeroth_order'"
       )
-  family = noise.family(o['noise'])
-  if o['density'] != 1.0:
-    family = noise.sparse(family, o['density'], o['resample_every'])
+  family = noise.family(o['noise'], o['density'], o['resample_every'])
   return streamed.Method(
     build_transform(config, schedule),
     dense(family, o['seed']),
@@ -185,6 +181,11 @@ def _make_step(config, model, transform, shardings, gradients):
     return layerwise.make_train_step(model, transform, shardings=gradients, **options)
   where = config.accumulate_in
   return whole_tree.make_train_step(model.loss, transform, accumulate_in=where, **options)
+
+
+def _store(config):
+  """What is kept of a matrix as it is drawn."""
+  return weights.quantise if config.weights == 'int8' else lambda matrix: matrix
 
 
 def _options(config):
@@ -253,7 +254,7 @@ def build_transform(
   if config.layer_scale == 1:
     return transform
   of_layers = optax.masked(optax.scale(config.layer_scale), optimizers.is_target)
-  return optax.chain(optax.with_extra_args_support(transform), of_layers)
+  return optax.chain(transform, of_layers)
 
 
 def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:

@@ -172,17 +172,22 @@ sphere = Noise('sphere', _normal, on_sphere=True)
 FAMILIES = {noise.name: noise for noise in (gaussian, rademacher, sphere)}
 
 
-def family(noise: Noise | str) -> Noise:
+def family(noise: Noise | str, density: float = 1.0, resample_every: int = 1) -> Noise:
   """Returns a family of noise by its name; one that is a family already, as it is.
 
+  Args:
+    noise: A name in `FAMILIES`, or a family.
+    density: With less than 1 the noise is `sparse`.
+    resample_every: As in `sparse`.
+
   Raises:
-    ValueError: for an unknown name.
+    ValueError: for an unknown name, and as `sparse`.
   """
   if isinstance(noise, str):
     if noise not in FAMILIES:
       raise ValueError(f'no noise is called {noise!r}; {nearest(noise, FAMILIES)}')
-    return FAMILIES[noise]
-  return noise
+    noise = FAMILIES[noise]
+  return noise if density == 1 else sparse(noise, density, resample_every)
 
 
 # Compiled as one program also outside of one, instead of a program for each of 80 operations.

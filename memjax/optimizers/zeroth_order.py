@@ -5,7 +5,7 @@ the noise; `log_steps`, steps that the log has room for (see `memjax.replay`), 0
 """
 
 from memjax.estimators import methods
-from memjax.estimators.noise import family, sparse
+from memjax.estimators.noise import family
 from memjax.optimizers.masks import decays
 
 
@@ -203,9 +203,7 @@ def subzero(
 
 
 def _options(eps, samples, sides, noise, density, resample_every, seed):
-  noise = family(noise)
-  if density != 1.0:
-    noise = sparse(noise, density, resample_every)
+  noise = family(noise, density, resample_every)
   return dict(eps=eps, samples=samples, sides=sides, noise=noise, seed=seed, form='weights')
 
 

@@ -129,7 +129,7 @@ def _in_subspace(loss, transform):
       return (total + value, jax.tree.map(jnp.add, summed, reduced), opt), None
 
     reduced = jax.eval_shape(transforms.project_gradient, params, opt)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), reduced)
+    zeros = jax.tree.map(jnp.zeros_like, reduced)
     start = jnp.zeros((), jnp.float32), zeros, opt
     return jax.lax.scan(add, start, (jnp.arange(accumulate), parts))[0]
 
