@@ -1,0 +1,1 @@
+"""Checkpoint folders of the Hugging Face form: read into parameters, and written from them."""
