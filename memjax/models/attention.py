@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries and rotary positions.
+"""Self-attention: causal or not, with or without grouped queries, rotary positions and biases.
 
 Shapes in this file: `B` sequences of `T` tokens, hidden width `D`, `N` query heads and `K`
 key-value heads of width `H` (`N / K` queries share one key; `N H` may differ from `D`).
@@ -30,40 +30,62 @@ class Attention(nnx.Module):
     kv_heads: int,
     head_dim: int,
     *,
-    rope_theta: float,
-    rope_scaling: RopeScaling | None,
     implementation: str,
     dtype: jnp.dtype,
+    rope_theta: float | None = None,
+    rope_scaling: RopeScaling | None = None,
+    rotary_dim: int | None = None,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    causal: bool = True,
   ):
-    self.q = Linear(hidden, heads * head_dim, dtype)
-    self.k = Linear(hidden, kv_heads * head_dim, dtype)
-    self.v = Linear(hidden, kv_heads * head_dim, dtype)
-    self.o = Linear(heads * head_dim, hidden, dtype)
+    """Declares the projections.
+
+    Args:
+      hidden: Width `D`.
+      heads: Query heads `N`.
+      kv_heads: Key-value heads `K`.
+      head_dim: Head width `H`.
+      implementation: One of `IMPLEMENTATIONS`.
+      dtype: Of the parameters.
+      rope_theta: Base of the rotary wavelengths; None does not rotate.
+      rope_scaling: Stretching of slow rotations.
+      rotary_dim: Leading dimensions of a head that are rotated; None for all `H`.
+      qkv_bias: Whether queries, keys and values have biases.
+      out_bias: Whether what the heads read has one after its projection.
+      causal: Whether a token attends to earlier ones and itself only.
+    """
+    self.q = Linear(hidden, heads * head_dim, dtype, bias=qkv_bias)
+    self.k = Linear(hidden, kv_heads * head_dim, dtype, bias=qkv_bias)
+    self.v = Linear(hidden, kv_heads * head_dim, dtype, bias=qkv_bias)
+    self.o = Linear(heads * head_dim, hidden, dtype, bias=out_bias)
     self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
     self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
-    self.implementation = implementation
+    self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    self.implementation, self.causal = implementation, causal
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, mask: jax.Array | None = None
+    self, x: jax.Array, positions: jax.Array | None = None, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Attends to earlier tokens.
+    """Attends to other tokens.
 
     Args:
       x: Hidden states `[B, T, D]`.
-      positions: Rotary positions `i32[B, T]` or `i32[1, T]`.
+      positions: Rotary positions `i32[B, T]` or `i32[1, T]`; None where nothing is rotated.
       mask: `bool[B, T]`, tokens that may be attended to; None for all.
     """
     batch, length, _ = x.shape
-    frequency = frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
     query = self.q(x).reshape(batch, length, self.heads, self.head_dim)
     key = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
     value = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
-    # The barrier keeps XLA for TPU from folding the rotation into the product of queries and keys,
-    # after which it holds the scores twice: 0.5 GiB for a 7B model on 1 x 2048 tokens.
-    query, key = jax.lax.optimization_barrier(
-      (rotate(query, positions, frequency), rotate(key, positions, frequency))
-    )
-    y = attend(query, key, value, mask, self.implementation)
+    if self.rope_theta is not None:
+      frequency = frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling)
+      # The barrier keeps XLA for TPU from folding the rotation into the product of queries and
+      # keys, after which it holds the scores twice: 0.5 GiB for a 7B model on 1 x 2048 tokens.
+      query, key = jax.lax.optimization_barrier(
+        (rotate(query, positions, frequency), rotate(key, positions, frequency))
+      )
+    y = attend(query, key, value, mask, self.implementation, self.causal)
     return self.o(y)
 
 
@@ -73,8 +95,9 @@ def attend(
   value: jax.Array,
   mask: jax.Array | None,
   implementation: str,
+  causal: bool = True,
 ) -> jax.Array:
-  """Returns what the heads read from earlier tokens, side by side: `[B, T, N H]`.
+  """Returns what the heads read from other tokens, side by side: `[B, T, N H]`.
 
   Args:
     query: `[B, T, N, H]`.
@@ -82,6 +105,7 @@ def attend(
     value: `[B, T, K, H]`.
     mask: `bool[B, T]`, tokens that may be attended to; None for all.
     implementation: One of `IMPLEMENTATIONS`.
+    causal: Whether a token attends to earlier ones and itself only.
   """
   query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
   value = checkpoint_name(value, 'value')
@@ -92,11 +116,11 @@ def attend(
       key,
       value,
       mask=None if mask is None else mask[:, None, None, :],
-      is_causal=True,
+      is_causal=causal,
       implementation='cudnn',
     )
   else:
-    y = query_blocks.attention(query, key, value, mask)
+    y = query_blocks.attention(query, key, value, mask, causal=causal)
   return checkpoint_name(y.reshape(batch, length, heads * width), 'attention')
 
 

@@ -3,12 +3,20 @@
 Shapes in this file: `B` sequences of `T` tokens, hidden width `D`, MLP width `F`, vocabulary `V`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from memjax import weights
 from memjax.models.module import declare
+
+ACTIVATIONS = {
+  'relu': jax.nn.relu,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Linear(nnx.Module):
@@ -40,7 +48,7 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root mean square norm of `[B, T, D]` over its last axis, in f32 (Zhang & Sennrich, 2019)."""
+  """Root mean square norm of `[..., D]` over its last axis, in f32 (Zhang & Sennrich, 2019)."""
 
   def __init__(self, hidden: int, eps: float, dtype: jnp.dtype):
     self.scale = declare(hidden, dtype=dtype)
@@ -50,7 +58,7 @@ class RMSNorm(nnx.Module):
     scale = weights.materialize(self.scale.get_value()).astype(jnp.float32)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-    return (y * scale[None, None, :]).astype(x.dtype)
+    return (y * jnp.expand_dims(scale, range(y.ndim - 1))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -70,14 +78,15 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """`down(relu(up(x)))`, with biases."""
+  """`down(activation(up(x)))`, with biases; `activation` is a key of `ACTIVATIONS`."""
 
-  def __init__(self, hidden: int, intermediate: int, dtype: jnp.dtype):
+  def __init__(self, hidden: int, intermediate: int, dtype: jnp.dtype, activation: str = 'relu'):
     self.up = Linear(hidden, intermediate, dtype, bias=True)
     self.down = Linear(intermediate, hidden, dtype, bias=True)
+    self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.relu(self.up(x)))
+    return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class GatedMLP(nnx.Module):

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding
 
 from memjax import weights
-from memjax.models.attention import IMPLEMENTATIONS, attend
+from memjax.models.attention import IMPLEMENTATIONS, Attention
 from memjax.models.decoder import Decoder, Params, padding
 from memjax.models.layers import MLP, Embed, LayerNorm, Linear
 from memjax.models.layout import spread_lookup
@@ -55,36 +55,30 @@ SHARDING = (
 )
 
 
-class Attention(nnx.Module):
-  """`[B, T, D] -> [B, T, D]`, with biases and without rotation."""
-
-  def __init__(self, c: 'OPT'):
-    linear = lambda: Linear(c.hidden, c.hidden, c.param_dtype, bias=True)
-    self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
-    self.heads, self.implementation = c.heads, c.attention
-
-  def __call__(self, x, mask):
-    batch, length, hidden = x.shape
-    split = lambda y: y.reshape(batch, length, self.heads, hidden // self.heads)
-    query, key, value = split(self.q(x)), split(self.k(x)), split(self.v(x))
-    return self.o(attend(query, key, value, mask, self.implementation))
-
-
 class Block(nnx.Module):
   """One layer: attention, then the MLP, each added to what came in, with a norm before or after."""
 
   def __init__(self, c: 'OPT'):
     self.attn_norm = LayerNorm(c.hidden, c.norm_eps, c.param_dtype)
-    self.attn = Attention(c)
+    self.attn = Attention(
+      c.hidden,
+      c.heads,
+      c.kv_heads,
+      c.head_dim,
+      qkv_bias=True,
+      out_bias=True,
+      implementation=c.attention,
+      dtype=c.param_dtype,
+    )
     self.mlp_norm = LayerNorm(c.hidden, c.norm_eps, c.param_dtype)
     self.mlp = MLP(c.hidden, c.intermediate, c.param_dtype)
     self.pre_norm = c.pre_norm
 
   def __call__(self, x, mask):
     if self.pre_norm:
-      x = x + self.attn(self.attn_norm(x), mask)
+      x = x + self.attn(self.attn_norm(x), mask=mask)
       return x + self.mlp(self.mlp_norm(x))
-    x = self.attn_norm(x + self.attn(x, mask))
+    x = self.attn_norm(x + self.attn(x, mask=mask))
     return self.mlp_norm(x + self.mlp(x))
 
 

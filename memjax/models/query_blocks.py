@@ -1,4 +1,4 @@
-"""Causal attention that holds the scores of a block of queries at a time.
+"""Attention that holds the scores of a block of queries at a time.
 
 Shapes in this file: `B` sequences of `T` tokens, `N` query heads and `K` key-value heads of width
 `H`; queries are cut into `n` blocks of `t`.
@@ -18,8 +18,9 @@ def attention(
   value: jax.Array,
   mask: jax.Array | None = None,
   scores: int = SCORES,
+  causal: bool = True,
 ) -> jax.Array:
-  """Returns what the heads read from earlier tokens, `[B, T, N, H]`.
+  """Returns what the heads read from other tokens, `[B, T, N, H]`.
 
   Holds `4 B N t T` bytes of scores, a small multiple of it in the backward pass, where the whole
   takes `4 B N T T`. Blocks are used where the whole is more than `scores` bytes a sequence, and
@@ -33,6 +34,7 @@ def attention(
     value: `[B, T, K, H]`.
     mask: `bool[B, T]`, tokens that may be attended to; None for all.
     scores: Most bytes of f32 scores of one sequence.
+    causal: Whether a token attends to earlier ones and itself only.
 
   References:
     Rabe and Staats, `Self-attention Does Not Need O(n^2) Memory
@@ -43,7 +45,7 @@ def attention(
   number = min(-(-4 * heads * length**2 // scores), length)
   if number <= 1:
     return jax.nn.dot_product_attention(
-      query, key, value, mask=mask, is_causal=True, implementation='xla'
+      query, key, value, mask=mask, is_causal=causal, implementation='xla'
     )
   size = -(-length // number)
 
@@ -51,9 +53,11 @@ def attention(
   # needed.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def attend(first, query, key, value):
-    rows = first + jnp.arange(size)
-    allowed = (jnp.arange(length)[None, :] <= rows[:, None])[None, None]
-    allowed = allowed if mask is None else allowed & mask
+    allowed = mask
+    if causal:
+      rows = first + jnp.arange(size)
+      allowed = (jnp.arange(length)[None, :] <= rows[:, None])[None, None]
+      allowed = allowed if mask is None else allowed & mask
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     return jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation='xla')
 

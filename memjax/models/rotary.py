@@ -48,18 +48,20 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Array:
-  """Rotates each pair of dimensions by its angle, in f32.
+  """Rotates each pair of dimensions by its angle, in f32; dimensions beyond the last pair stay.
 
   Args:
     x: Queries or keys `[B, T, N, H]`.
     positions: Position of each token, `i32[B, T]`, or `i32[1, T]` when all sequences share them.
-    frequency: `f32[H/2]`, from `frequencies`.
+    frequency: `f32[R/2]`, from `frequencies`; the first `R <= H` dimensions are rotated.
 
   Returns:
     `[B, T, N, H]` in `x.dtype`.
   """
   angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  pairs = frequency.shape[0]
+  first, second, rest = jnp.split(x.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin]
+  rotated += [rest] if rest.shape[-1] else []
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
