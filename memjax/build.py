@@ -11,10 +11,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from memjax import adapters, models, optimizers, schedules, sharding, weights
 from memjax import config as config_lib
-from memjax import models, optimizers, schedules, sharding, weights
 from memjax.estimators import noise
 from memjax.estimators.spsa import dense
+from memjax.naming import fold_in_path
 from memjax.steps import (
   groups,
   layerwise,
@@ -55,11 +56,14 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
   model = build_model(config, mesh)
   schedule = build_schedule(config)
-  init_params = functools.partial(model.init, store=_store(config))
-  params = weights.dense(jax.eval_shape(init_params, jax.random.key(0)))
-  dense_shardings = sharding.param_shardings(params, model.SHARDING, mesh)
+  adapter = build_adapter(config)
+  init_params = adapted(functools.partial(model.init, store=_store(config)), adapter)
+  stored = jax.eval_shape(init_params, jax.random.key(0))
+  whole = sharding.param_shardings(sharding.whole(stored), model.SHARDING, mesh)
   if config.step == 'streamed':
-    return _build_streamed(config, mesh, model, schedule, dense_shardings)
+    return _build_streamed(config, mesh, model, schedule, whole)
+  placed = sharding.weight_shardings(stored, whole)
+  params, dense_shardings = map(weights.dense, map(weights.trained, (stored, placed)))
   layout = sharding.layout(params, dense_shardings)
   optimizer = lambda schedule: build_transform(config, schedule, layout, model.head_dim)
   rotation = build_rotation(config, model.layers)
@@ -76,7 +80,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   state = jax.eval_shape(init, jax.random.key(0))
   shardings = {
     'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
-    'params': sharding.weight_shardings(state['params'], dense_shardings),
+    'params': placed,
     'opt': sharding.state_shardings(state['opt'], params, dense_shardings),
   }
   # What is kept for a group's next turn waits for it in the host's memory.
@@ -99,6 +103,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
       model, optimizer, rotation, schedule, shardings=gradients, **_options(config)
     )
     schedule = rotation.learning_rate(schedule)
+  train_step = adapters.over_time(train_step, adapter, root_key(config, 'adapter'))
   return Parts(
     model=model,
     schedule=schedule,
@@ -110,7 +115,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     # Every leaf stays an argument, also one that the transform only passes on: what the receipt
     # counts is what is alive, and all of it is donated.
     step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
-    eval_step=jax.jit(model.loss),
+    eval_step=jax.jit(lambda params, batch: model.loss(adapters.at_rest(params), batch)),
+    view=adapters.at_rest,
   )
 
 
@@ -181,6 +187,22 @@ def _make_step(config, model, transform, shardings, gradients):
     return layerwise.make_train_step(model, transform, shardings=gradients, **options)
   where = config.accumulate_in
   return whole_tree.make_train_step(model.loss, transform, accumulate_in=where, **options)
+
+
+def build_adapter(config: ConfigDict):
+  """Returns the specification of a config's adapter, or None."""
+  name = config.adapter.name
+  if adapters.ADAPTERS[name] is None:
+    return None
+  known = adapters.arguments(name)
+  return adapters.ADAPTERS[name](**{k: config.adapter.get(k, v) for k, v in known.items()})
+
+
+def adapted(init_params, adapter):
+  """Returns a function of a key that draws parameters, and factors of an adapter beside them."""
+  if adapter is None:
+    return init_params
+  return lambda key: adapters.attach(init_params(key), adapter, fold_in_path(key, 'adapter'))
 
 
 def _store(config):

@@ -25,13 +25,14 @@ import types
 
 from ml_collections import ConfigDict
 
-from memjax import optimizers, schedules
+from memjax import adapters, optimizers, schedules
 from memjax.naming import nearest
 from memjax.steps import rotations, whole_tree
 
 STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS, *optimizers.ZEROTH_ORDER_STEPS)
 CLIPS = ('global', 'layer')
 WEIGHTS = ('dense', 'int8')
+_OPEN = ('optimizer.', 'adapter.', 'model_args.')  # Fields that another table knows.
 
 # What may differ between runs that share a work directory: nothing here changes what a finished
 # step computed.
@@ -86,6 +87,7 @@ def default() -> ConfigDict:
   c.data.max_tokens = 0  # Reads at most so many; 0 reads all.
 
   c.optimizer = optimizer('adamw', learning_rate=1e-3)
+  c.adapter = adapter('none')  # Or 'lora' and its kin: trains factors in place of matrices.
   c.layer_scale = 1.0  # Of the learning rate, for the layers' matrices; embedding and head have 1.
   c.schedule = ConfigDict(
     dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
@@ -110,14 +112,23 @@ def optimizer(name: str, **arguments) -> ConfigDict:
     ValueError: for an unknown name or argument, with the nearest one that exists.
   """
   _look_up('optimizer', name, optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER)
-  known = optimizers.arguments(name)
+  return _named('optimizer', name, arguments, optimizers.arguments(name))
+
+
+def adapter(name: str, **arguments) -> ConfigDict:
+  """Returns the `adapter` part of a config, in the same way."""
+  _look_up('adapter', name, adapters.ADAPTERS)
+  return _named('adapter', name, arguments, adapters.arguments(name))
+
+
+def _named(what, name, arguments, known):
   for field in arguments:
     if field not in known:
-      raise ValueError(f'optimizer {name!r} has no argument {field!r}; {nearest(field, known)}')
+      raise ValueError(f'{what} {name!r} has no argument {field!r}; {nearest(field, known)}')
   filled = {k: arguments.get(k, v) for k, v in known.items()}
   missing = [k for k, v in filled.items() if v is optimizers.REQUIRED]
   if missing:
-    raise ValueError(f'optimizer {name!r} needs {", ".join(missing)}')
+    raise ValueError(f'{what} {name!r} needs {", ".join(missing)}')
   return ConfigDict(dict(name=name, **filled))
 
 
@@ -202,7 +213,9 @@ def validate(c: ConfigDict) -> None:
   """
   _check_fields(c.to_dict(), default().to_dict(), '')
   _look_up('schedule.name', c.schedule.name, schedules.SCHEDULES)
-  _check_optimizer(c.optimizer.to_dict())
+  every = optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER
+  _check_named('optimizer', c.optimizer.to_dict(), every, optimizers.arguments)
+  _check_named('adapter', c.adapter.to_dict(), adapters.ADAPTERS, adapters.arguments)
   _check_step(c)
   _check_zeroth_order(c)
   for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
@@ -315,17 +328,16 @@ def _check_zeroth_order(c: ConfigDict) -> None:
       raise ValueError(f'config.step={c.step!r} goes with config.{field}={only!r} alone')
 
 
-def _check_optimizer(fields: dict) -> None:
-  """Names only; arguments that another optimizer takes are left unread, so that `name` alone can be
-  overridden.
+def _check_named(what: str, fields: dict, every: dict, arguments) -> None:
+  """Names only; arguments that another of `every` takes are left unread, so that `name` alone can
+  be overridden.
   """
-  every = optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER
-  _look_up('optimizer', fields.get('name'), every)
-  known = set(optimizers.arguments(fields['name']))
-  foreign = {a for name in every for a in optimizers.arguments(name)}
+  _look_up(what, fields.get('name'), every)
+  known = set(arguments(fields['name']))
+  foreign = {a for name in every for a in arguments(name)}
   for field in fields:
     if field not in known | foreign | {'name'}:
-      raise ValueError(f'optimizer has no argument {field!r}; {nearest(field, known)}')
+      raise ValueError(f'{what} has no argument {field!r}; {nearest(field, known)}')
 
 
 def _look_up(what, name, table):
@@ -338,7 +350,7 @@ def _check_fields(given: dict, known: dict, prefix: str) -> None:
   """Field names and types, for configs that were not built on `default`."""
   for name, value in given.items():
     path = f'{prefix}{name}'
-    if prefix in ('optimizer.', 'model_args.'):
+    if prefix in _OPEN:
       continue  # Checked against the function that takes them.
     if name not in known:
       raise ValueError(f'config.{path} does not exist; {nearest(name, known)}')
@@ -348,7 +360,7 @@ def _check_fields(given: dict, known: dict, prefix: str) -> None:
       _check_fields(value, known[name], f'{path}.')
     elif not _same_type(value, known[name]):
       raise ValueError(f'config.{path} takes a {type(known[name]).__name__}, not {value!r}')
-  missing = [k for k in known if k not in given and prefix not in ('optimizer.', 'model_args.')]
+  missing = [k for k in known if k not in given and prefix not in _OPEN]
   if missing:
     raise ValueError(f'config.{prefix}{missing[0]} is missing; start from memjax.config.default()')
 

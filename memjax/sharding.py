@@ -6,7 +6,6 @@ parameter it belongs to, the batch from the mesh. A path is the leaf's keys join
 `blocks/attn/q/kernel`.
 """
 
-import dataclasses
 import math
 import re
 
@@ -16,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memjax.naming import path_string
-from memjax.weights import Int8
+from memjax.weights import is_weight, materialize, spread
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
@@ -76,21 +75,35 @@ def param_shardings(params, rules, mesh: Mesh):
 
 
 def weight_shardings(params, shardings):
-  """Returns shardings for every array of the parameters: an `Int8` weight's codes lie as the matrix
-  would, its scales as far as the axes divide.
+  """Returns shardings for every array of the parameters.
+
+  The arrays inside a `memjax.weights.Weight` follow the matrix it stands for, as its method
+  `spread` says: an `Int8` weight's codes lie as the matrix would, an adapted one's factors each
+  along the side they share with it. An axis that the devices do not divide is not divided.
 
   Args:
-    params: Tree of arrays, shapes or `memjax.weights.Int8`.
-    shardings: Tree of `NamedSharding`, one a parameter; of `memjax.weights.dense(params)`.
+    params: Tree of arrays, shapes or weights.
+    shardings: Tree of `NamedSharding`, one a parameter.
   """
 
   def split(leaf, sharding):
-    if not isinstance(leaf, Int8):
+    if not is_weight(leaf):
       return sharding
-    spec = _inherit(leaf.scales.shape, leaf.codes.shape, sharding.spec, sharding.mesh)
-    return dataclasses.replace(leaf, codes=sharding, scales=NamedSharding(sharding.mesh, spec))
+    shape = jax.eval_shape(materialize, leaf).shape
+    spec, mesh = sharding.spec, sharding.mesh
+    entries = (*spec, *(None,) * (len(shape) - len(spec)))
 
-  return jax.tree.map(split, params, shardings, is_leaf=lambda x: isinstance(x, Int8))
+    def place(x, entries):
+      return NamedSharding(mesh, _dividing(x.shape, entries, mesh))
+
+    return jax.tree.map(place, leaf, spread(leaf, entries))
+
+  return jax.tree.map(split, params, shardings, is_leaf=is_weight)
+
+
+def whole(params):
+  """Returns the shapes of the arrays that parameters stand for, whatever their leaves are."""
+  return jax.tree.map(lambda x: jax.eval_shape(materialize, x), params, is_leaf=is_weight)
 
 
 def state_shardings(state, params, shardings):
@@ -216,6 +229,10 @@ def _inherit(shape, owner_shape, owner_spec, mesh) -> PartitionSpec:
         sizes.pop(0)
       kept.append(sizes.pop(0)[1] if sizes else None)
     entries = tuple(kept)
-  return PartitionSpec(
-    *(e if size % _ways(e, mesh) == 0 else None for size, e in zip(shape, entries))
-  )
+  return _dividing(shape, entries, mesh)
+
+
+def _dividing(shape, entries, mesh) -> PartitionSpec:
+  """The mesh axes of an array's axes, as far as they divide them."""
+  pairs = zip(shape, entries)
+  return PartitionSpec(*(e if size % _ways(e, mesh) == 0 else None for size, e in pairs))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from memjax.models import query_blocks
-from memjax.models.layers import Linear
+from memjax.models.layers import Linear, RMSNorm
 from memjax.models.rotary import RopeScaling, frequencies, rotate
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
@@ -37,7 +37,9 @@ class Attention(nnx.Module):
     rotary_dim: int | None = None,
     qkv_bias: bool = False,
     out_bias: bool = False,
+    qk_norm_eps: float | None = None,
     causal: bool = True,
+    window: int | None = None,
   ):
     """Declares the projections.
 
@@ -53,7 +55,10 @@ class Attention(nnx.Module):
       rotary_dim: Leading dimensions of a head that are rotated; None for all `H`.
       qkv_bias: Whether queries, keys and values have biases.
       out_bias: Whether what the heads read has one after its projection.
+      qk_norm_eps: Added to the mean square in norms of each head's queries and keys, before they are
+        rotated; None has no such norms.
       causal: Whether a token attends to earlier ones and itself only.
+      window: Tokens that one reads at most, itself and those before it; None for all.
     """
     self.q = Linear(hidden, heads * head_dim, dtype, bias=qkv_bias)
     self.k = Linear(hidden, kv_heads * head_dim, dtype, bias=qkv_bias)
@@ -62,7 +67,11 @@ class Attention(nnx.Module):
     self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
     self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
     self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    self.implementation, self.causal = implementation, causal
+    self.normed = qk_norm_eps is not None
+    if self.normed:
+      self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
+      self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
+    self.implementation, self.causal, self.window = implementation, causal, window
 
   def __call__(
     self, x: jax.Array, positions: jax.Array | None = None, mask: jax.Array | None = None
@@ -78,6 +87,8 @@ class Attention(nnx.Module):
     query = self.q(x).reshape(batch, length, self.heads, self.head_dim)
     key = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
     value = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
+    if self.normed:
+      query, key = self.q_norm(query), self.k_norm(key)
     if self.rope_theta is not None:
       frequency = frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling)
       # The barrier keeps XLA for TPU from folding the rotation into the product of queries and
@@ -85,7 +96,7 @@ class Attention(nnx.Module):
       query, key = jax.lax.optimization_barrier(
         (rotate(query, positions, frequency), rotate(key, positions, frequency))
       )
-    y = attend(query, key, value, mask, self.implementation, self.causal)
+    y = attend(query, key, value, mask, self.implementation, self.causal, self.window)
     return self.o(y)
 
 
@@ -96,6 +107,7 @@ def attend(
   mask: jax.Array | None,
   implementation: str,
   causal: bool = True,
+  window: int | None = None,
 ) -> jax.Array:
   """Returns what the heads read from other tokens, side by side: `[B, T, N H]`.
 
@@ -106,6 +118,7 @@ def attend(
     mask: `bool[B, T]`, tokens that may be attended to; None for all.
     implementation: One of `IMPLEMENTATIONS`.
     causal: Whether a token attends to earlier ones and itself only.
+    window: Tokens that one reads at most, itself and those before it, where it is causal.
   """
   query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
   value = checkpoint_name(value, 'value')
@@ -117,10 +130,11 @@ def attend(
       value,
       mask=None if mask is None else mask[:, None, None, :],
       is_causal=causal,
+      local_window_size=None if window is None else (window - 1, 0),
       implementation='cudnn',
     )
   else:
-    y = query_blocks.attention(query, key, value, mask, causal=causal)
+    y = query_blocks.attention(query, key, value, mask, causal=causal, window=window)
   return checkpoint_name(y.reshape(batch, length, heads * width), 'attention')
 
 

@@ -1,4 +1,5 @@
-"""LLaMA and its relatives: RMS norms, rotary positions, grouped queries, a gated MLP.
+"""LLaMA and its relatives (Mistral, Qwen, Phi-3): RMS norms, rotary positions, grouped queries, a
+gated MLP.
 
 Shapes in this file: `B` sequences of `T` tokens, hidden width `D`, MLP width `F`, vocabulary `V`,
 `L` layers, `N` query heads and `K` key-value heads of width `H`. Parameters are a plain nested
@@ -8,12 +9,15 @@ dict, blocks stacked on a leading layer axis:
   blocks/attn_norm/scale [L, D]
   blocks/attn/q/kernel [L, D, N H]
   blocks/attn/{k,v}/kernel [L, D, K H]
+  blocks/attn/q/bias [L, N H]              with `qkv_bias`
+  blocks/attn/{k,v}/bias [L, K H]          with `qkv_bias`
+  blocks/attn/{q,k}_norm/scale [L, H]      with `qk_norm`
   blocks/attn/o/kernel [L, N H, D]
   blocks/mlp_norm/scale [L, D]
   blocks/mlp/{gate,up}/kernel [L, D, F]
   blocks/mlp/down/kernel [L, F, D]
   final_norm/scale [D]
-  head/kernel [D, V]            absent when the head is tied to the embedding
+  head/kernel [D, V]                       absent when the head is tied to the embedding
 
 Any leaf may be a `memjax.weights.Weight` instead of an array.
 """
@@ -41,6 +45,7 @@ from memjax.models.rotary import RopeScaling
 SHARDING = (
   (r'embed/embedding', P('tensor', 'fsdp')),
   (r'blocks/attn/(q|k|v)/kernel', P(None, 'fsdp', 'tensor')),
+  (r'blocks/attn/(q|k|v)/bias', P(None, 'tensor')),
   (r'blocks/attn/o/kernel', P(None, 'tensor', 'fsdp')),
   (r'blocks/mlp/(gate|up)/kernel', P(None, 'fsdp', 'tensor')),
   (r'blocks/mlp/down/kernel', P(None, 'tensor', 'fsdp')),
@@ -61,6 +66,9 @@ class Block(nnx.Module):
       c.head_dim,
       rope_theta=c.rope_theta,
       rope_scaling=c.rope_scaling,
+      qkv_bias=c.qkv_bias,
+      qk_norm_eps=c.norm_eps if c.qk_norm else None,
+      window=c.window,
       implementation=c.attention,
       dtype=c.param_dtype,
     )
@@ -107,6 +115,9 @@ class Llama(Decoder):
     norm_eps: Added to the mean square in every norm.
     rope_theta: Base of the rotary wavelengths.
     rope_scaling: Llama 3.1's stretching of slow rotations.
+    qkv_bias: Whether queries, keys and values have biases, as in Qwen2.
+    qk_norm: Whether each head's queries and keys are normed before their rotation, as in Qwen3.
+    window: Tokens that one reads at most, itself and those before it, as in Mistral; None for all.
     tied: Whether the head multiplies by the embedding.
     init_std: Standard deviation of initial matrices; norms start at 1.
     dtype: Of activations and products. Norms, rotations, attention scores and losses are f32
@@ -134,6 +145,9 @@ class Llama(Decoder):
   norm_eps: float = 1e-6
   rope_theta: float = 10_000.0
   rope_scaling: RopeScaling | None = None
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  window: int | None = None
   tied: bool = False
   init_std: float = 0.02
   dtype: Any = 'float32'
@@ -172,6 +186,8 @@ class Llama(Decoder):
       raise ValueError(
         f'head_dim {self.head_dim} is odd; rotary positions turn pairs of dimensions.'
       )
+    if self.window is not None and self.window < 1:
+      raise ValueError(f'window {self.window}: a token reads at least itself; None sets no limit.')
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f'attention {self.attention!r} is none of {", ".join(IMPLEMENTATIONS)}.')
     check_policy(self.remat)

@@ -19,6 +19,7 @@ def attention(
   mask: jax.Array | None = None,
   scores: int = SCORES,
   causal: bool = True,
+  window: int | None = None,
 ) -> jax.Array:
   """Returns what the heads read from other tokens, `[B, T, N, H]`.
 
@@ -35,6 +36,7 @@ def attention(
     mask: `bool[B, T]`, tokens that may be attended to; None for all.
     scores: Most bytes of f32 scores of one sequence.
     causal: Whether a token attends to earlier ones and itself only.
+    window: Tokens that one reads at most, itself and those before it, where it is causal.
 
   References:
     Rabe and Staats, `Self-attention Does Not Need O(n^2) Memory
@@ -45,7 +47,13 @@ def attention(
   number = min(-(-4 * heads * length**2 // scores), length)
   if number <= 1:
     return jax.nn.dot_product_attention(
-      query, key, value, mask=mask, is_causal=causal, implementation='xla'
+      query,
+      key,
+      value,
+      mask=mask,
+      is_causal=causal,
+      local_window_size=None if window is None else (window - 1, 0),
+      implementation='xla',
     )
   size = -(-length // number)
 
@@ -56,7 +64,9 @@ def attention(
     allowed = mask
     if causal:
       rows = first + jnp.arange(size)
-      allowed = (jnp.arange(length)[None, :] <= rows[:, None])[None, None]
+      before = rows[:, None] - jnp.arange(length)[None, :]
+      allowed = (before >= 0) if window is None else (before >= 0) & (before < window)
+      allowed = allowed[None, None]
       allowed = allowed if mask is None else allowed & mask
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     return jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation='xla')

@@ -112,8 +112,8 @@ def gradients(config: ConfigDict, state) -> int:
   if config.step in optimizers.ZEROTH_ORDER_STEPS:
     return 0
   layerwise = config.step != 'whole_tree'
-  # Those of 8-bit weights are dense.
-  state = state | {'params': weights.dense(state['params'])}
+  # Those of 8-bit weights are dense, and there are none of frozen ones.
+  state = state | {'params': weights.dense(weights.trained(state['params']))}
   if config.accumulate_in == 'subspace':
     return memory.gradient_bytes(state) + memory.projected_bytes(state)
   return memory.gradient_bytes(state, accumulate=config.accumulate, layerwise=layerwise)

@@ -81,16 +81,20 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
 
 
 def head_grads(task, params, last):
-  """Mean loss, gradients of the parameters that the head reads, cotangents of the hidden states."""
+  """Mean loss, gradients of what is trained of the parameters that the head reads, cotangents of
+  the hidden states.
+  """
   read = EMBED if task.model.tied else None
   params = {key: params[key] for key in params if key not in (STACK, EMBED) or key == read}
+  trained = weights.trained(params)
 
-  def share(params, x, part):
-    return task.model.head_loss(params, x, part['targets'], part['weights'])[0] / task.count
+  def share(trained, x, part):
+    read = weights.replaced(params, trained)
+    return task.model.head_loss(read, x, part['targets'], part['weights'])[0] / task.count
 
   def one(part):
     x, part = part
-    loss, (grads, cotangent) = jax.value_and_grad(share, argnums=(0, 1))(params, x, part)
+    loss, (grads, cotangent) = jax.value_and_grad(share, argnums=(0, 1))(trained, x, part)
     return (loss, grads), cotangent
 
   (loss, grads), cotangent = accumulate(one, (last, task.batch), task.number)
@@ -98,7 +102,7 @@ def head_grads(task, params, last):
 
 
 def layer_grads(task, params, inputs, cotangent, index):
-  """Gradients `[1, ...]` of one layer's parameters, and cotangents of its input."""
+  """Gradients `[1, ...]` of what is trained of one layer, and cotangents of its input."""
 
   def differentiate(cotangent):
     layer, x = take_layer(params, inputs, index)
@@ -116,18 +120,20 @@ def layer_grads(task, params, inputs, cotangent, index):
 
 
 def take_layer(params, inputs, index):
-  """One layer's parameters `[1, ...]`, as arrays, and its input."""
-  layer = weights.dense(slices.take(params[STACK], index))
+  """One layer's parameters `[1, ...]` and its input."""
+  layer = slices.take(params[STACK], index)
   return layer, lax.dynamic_index_in_dim(inputs, index, keepdims=False)
 
 
 def _layer(task, layer, x, cotangent):
-  def block(layer, x):
-    return task.model.block(jax.tree.map(lambda leaf: leaf[0], layer), x)
+  trained = weights.dense(weights.trained(layer))
+
+  def block(trained, x):
+    return run_block(task, weights.replaced(layer, trained), x)
 
   def one(part):
     x, cotangent = part
-    _, pull_back = jax.vjp(block, layer, x)
+    _, pull_back = jax.vjp(block, trained, x)
     grads, cotangent = pull_back(cotangent)
     # Here and not after the loops around, so that each device sums up its own shard only.
     return task.lay_out({STACK: grads})[STACK], cotangent
@@ -135,13 +141,19 @@ def _layer(task, layer, x, cotangent):
   return accumulate(one, (x, cotangent), task.number)
 
 
+def run_block(task, layer, x):
+  """The block of one layer `[1, ...]`."""
+  return task.model.block(jax.tree.map(lambda leaf: leaf[0], layer), x)
+
+
 def embed_grads(task, params, cotangent):
   """Gradients of the embedding, as an input."""
+  trained = weights.trained(params[EMBED])
 
   def one(part):
     tokens, cotangent = part
-    embed = lambda table: task.model.embed({EMBED: table}, tokens)
-    _, pull_back = jax.vjp(embed, params[EMBED])
+    embed = lambda table: task.model.embed({EMBED: weights.replaced(params[EMBED], table)}, tokens)
+    _, pull_back = jax.vjp(embed, trained)
     return pull_back(cotangent)[0], None
 
   return accumulate(one, (task.batch['tokens'], cotangent), task.number)[0]

@@ -38,8 +38,8 @@ def init_state(init_params, optimizer: Optimizer, rotation: Rotation, key) -> di
   `[S + 2, ...]`: each unit's own.
   """
   params = init_params(key)
-  dense = weights.dense(params)
-  transform, slots, size = _plan(optimizer, rotation, dense)
+  dense = weights.dense(weights.trained(params))
+  transform, slots, size = _plan(optimizer, rotation, params)
   some = {**dense, STACK: jax.tree.map(lambda x: x[:size], dense[STACK])}
   leaves, treedef = jax.tree.flatten(transform.init(some))
   opt = treedef.unflatten(held.init_apart(slots, leaves, size, rotation.ends))
@@ -91,7 +91,7 @@ def make_train_step(
 
   def step(state, batch):
     rate = learning_rate(state['step'])
-    transform, slots, size = _plan(optimizer, rotation, weights.dense(state['params']), rate)
+    transform, slots, size = _plan(optimizer, rotation, state['params'], rate)
     treedef = _treedef(transform, state['params'])
     renew = None if rotation.keep else state['step'] % rotation.every == 0
     where = layerwise.shardings_of(treedef, shardings)
@@ -185,8 +185,7 @@ def _input_cotangent(task, layer, x, cotangent):
 
   def one(part):
     x, cotangent = part
-    block = lambda x: task.model.block(jax.tree.map(lambda leaf: leaf[0], layer), x)
-    return (), jax.vjp(block, x)[1](cotangent)[0]
+    return (), jax.vjp(lambda x: passes.run_block(task, layer, x), x)[1](cotangent)[0]
 
   return over_micro_batches(one, (x, cotangent), task.number)[1]
 
@@ -201,9 +200,9 @@ def _plan(optimizer, rotation, params, rate=0.0):
   """The transform at a learning rate, where its state belongs, and the slots `S` of layers."""
   transform = make_transform(optimizer, rotation, lambda count: rate)
   size = slices.count_layers(params) if rotation.keep else rotation.size
-  return transform, slices.plan(transform, params), size
+  return transform, slices.plan(transform, weights.dense(weights.trained(params))), size
 
 
 def _treedef(transform, params):
   """The structure of the transform's own state, where nothing is left out."""
-  return jax.tree.structure(jax.eval_shape(transform.init, weights.dense(params)))
+  return jax.tree.structure(jax.eval_shape(transform.init, weights.dense(weights.trained(params))))

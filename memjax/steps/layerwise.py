@@ -76,7 +76,7 @@ def make_train_step(
 
   def step(state, batch):
     opt, treedef = jax.tree.flatten(state['opt'])
-    slots = slices.plan(transform, weights.dense(state['params']))
+    slots = slices.plan(transform, weights.dense(weights.trained(state['params'])))
     holder = held.together(slots, shardings_of(treedef, shardings))
     advance = make_advance(transform, state, treedef, holder, rounding_key)
     count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
@@ -117,16 +117,18 @@ def make_advance(transform, state, treedef, holder: held.Holder, rounding_key):
     unit = held.Unit(tuple(grads), index, index if slot is None else slot)
     layer = jnp.int32(0) if index is None else index  # The transform always sees a single layer.
     params = {**carry['params'], STACK: slices.take(carry['params'][STACK], layer)}
-    dense = weights.dense(params)
+    trained = weights.trained(params)
+    dense = weights.dense(trained)
     whole = {k: grads[k] if k in grads else _zeros_like(dense[k]) for k in dense}
     opt = holder.take(carry['opt'], unit, lambda: jax.tree.leaves(transform.init(dense)))
     updates, after = transform.update(
       whole, treedef.unflatten(opt), dense, layer=Layer(layer, layers, STACK)
     )
     mine = lambda tree: {name: tree[name] for name in grads}
-    new = transforms.apply_updates(mine(params), mine(updates), key, index)
+    new = transforms.apply_updates(mine(trained), mine(updates), key, index)
     if index is not None:
-      new = {STACK: slices.put(carry['params'][STACK], new[STACK], index)}
+      new = {STACK: slices.put(weights.trained(carry['params'][STACK]), new[STACK], index)}
+    new = {name: weights.replaced(carry['params'][name], part) for name, part in new.items()}
     opt = holder.put(carry['opt'], jax.tree.leaves(after), unit)
     return {**carry, 'params': {**carry['params'], **new}, 'opt': opt}
 

@@ -5,6 +5,8 @@ arrays, `opt` the state of the optax transform. A batch is a dict of `[B, T]` ar
 `targets`, `weights`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,7 +27,7 @@ def init_state(init_params, transform: optax.GradientTransformation, key):
     key: PRNG key of the parameters.
   """
   params = init_params(key)
-  opt = transform.init(weights.dense(params))
+  opt = transform.init(weights.dense(weights.trained(params)))
   return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': opt}
 
 
@@ -64,12 +66,17 @@ def make_train_step(
   clipping.check(clip_by)
   check_accumulation(accumulate_in, clip_norm)
   in_subspace = accumulate_in == 'subspace'
-  value_and_grad = _in_subspace(loss, transform) if in_subspace else _of_weights(loss)
+  differentiate = functools.partial(_in_subspace, transform) if in_subspace else _of_weights
   extra_args = {'projected': True} if in_subspace else {}
 
   def step(state, batch):
-    dense = weights.dense(state['params'])
-    total, grads, opt = value_and_grad(dense, state['opt'], batch, accumulate)
+    trained = weights.trained(state['params'])
+    dense = weights.dense(trained)
+
+    def loss_of(values, part):
+      return loss(weights.replaced(state['params'], values), part)
+
+    total, grads, opt = differentiate(loss_of)(dense, state['opt'], batch, accumulate)
     norm = global_norm(grads)
     if clip_norm is not None and clip_by == 'global':
       grads = clipping.by_norm(grads, norm, clip_norm)
@@ -77,7 +84,8 @@ def make_train_step(
       grads = clipping.by_group(grads, clip_norm, stack=STACK)
     updates, opt = transform.update(grads, opt, dense, **extra_args)
     key = None if rounding_key is None else jax.random.fold_in(rounding_key, state['step'])
-    params = transforms.apply_updates(state['params'], updates, key)
+    trained = transforms.apply_updates(trained, updates, key)
+    params = weights.replaced(state['params'], trained)
     metrics = {'train/loss': total, 'train/grad_norm': norm}
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, metrics
 
@@ -113,7 +121,7 @@ def _of_weights(loss):
   return value_and_grad
 
 
-def _in_subspace(loss, transform):
+def _in_subspace(transform, loss):
   """The same, the gradient projected; and the state, with bases that were due."""
 
   def value_and_grad(params, opt, batch, accumulate):

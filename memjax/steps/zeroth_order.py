@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from memjax import transforms
+from memjax import transforms, weights
 from memjax.estimators.estimator import FORGET, find, is_state
 from memjax.estimators.log import Log, find_log, fingerprint, observed
 from memjax.steps import held, slices
@@ -57,7 +57,8 @@ def make_train_step(
 
   def step(state, batch):
     count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
-    value_fn = lambda params: loss(params, batch)[0] / count
+    params, state = state['params'], {**state, 'params': weights.trained(state['params'])}
+    value_fn = lambda trained: loss(weights.replaced(params, trained), batch)[0] / count
     opt = measure(transform, state, value_fn=value_fn)
     rows = _first_rows(state['params'])
     state = advance({**state, 'opt': _after(rows, opt)})
@@ -68,7 +69,7 @@ def make_train_step(
       'zo/update_ulps': _ulps(rows, _first_rows(state['params'])),
       'zo/skipped': found.skipped,
     }
-    return state, metrics
+    return {**state, 'params': weights.replaced(params, state['params'])}, metrics
 
   return step
 

@@ -9,7 +9,7 @@ import optax
 
 from memjax.naming import fold_in_path, path_string
 from memjax.transforms import explicit
-from memjax.weights import Int8
+from memjax.weights import Int8, is_weight
 
 
 def apply_updates(params, updates, key: jax.Array | None = None, layer: jax.Array | None = None):
@@ -52,26 +52,37 @@ def apply_updates(params, updates, key: jax.Array | None = None, layer: jax.Arra
 
 
 def _add(key, layer, path, param, update):
-  is_int8 = isinstance(param, Int8)
-  if key is None and is_int8:
-    return param.add(update)
-  if key is None or param is None or not (is_int8 or param.dtype == jnp.bfloat16):
+  coded = is_weight(param)
+  if param is None or not (coded or (param.dtype == jnp.bfloat16 and key is not None)):
     return optax.apply_updates(param, update)
-  add = Int8.add if is_int8 else _add_bfloat16
+  if key is None:
+    return add_update(param, update)
   leaf_key = fold_in_path(key, path_string(path))
-  if update.ndim < (3 if is_int8 else 2):
-    return add(param, update, leaf_key)
+  if update.ndim < (3 if coded else 2):
+    return add_update(param, update, leaf_key)
   key_of = lambda layer: jax.random.fold_in(leaf_key, layer.astype(jnp.uint32))
   if layer is not None:
     # Not by `vmap`: with an axis of size 1 in front, XLA for TPU keeps another f32 array of the
     # matrix while it rounds to 8 bits.
-    one = add(jax.tree.map(lambda x: x[0], param), update[0], key_of(layer))
+    one = add_update(jax.tree.map(lambda x: x[0], param), update[0], key_of(layer))
     return jax.tree.map(lambda x: x[None], one)
-  return jax.vmap(add)(param, update, jax.vmap(key_of)(jnp.arange(update.shape[0])))
+  return jax.vmap(add_update)(param, update, jax.vmap(key_of)(jnp.arange(update.shape[0])))
 
 
-def _add_bfloat16(param, update, key):
-  return round_stochastically(param.astype(jnp.float32) + update.astype(jnp.float32), key)
+def add_update(param, update: jax.Array, key: jax.Array | None = None):
+  """Returns one parameter plus its update, summed in f32 or better.
+
+  Args:
+    param: An array, or a weight in codes with a method `add`, such as `memjax.weights.Int8`.
+    update: Array of its shape.
+    key: Key of the stochastic rounding of bf16 and of codes; None rounds to nearest.
+  """
+  if is_weight(param):
+    return param.add(update, key)
+  total = param.astype(jnp.promote_types(param.dtype, jnp.float32)) + update
+  if key is None or param.dtype != jnp.bfloat16:
+    return total.astype(param.dtype)
+  return round_stochastically(total.astype(jnp.float32), key)
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -4,12 +4,19 @@ A model never reads a parameter: it asks for `dot`, `take` or `materialize`. So 
 low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model changes.
 """
 
+from memjax.weights.adapted import Adapted
+from memjax.weights.drawn import Drawn
+from memjax.weights.frozen import Frozen, spread
 from memjax.weights.int8 import Int8, dense, quantise
 from memjax.weights.offloaded import Offloaded, offloaded
 from memjax.weights.perturbed import LowRank, Perturbed
+from memjax.weights.trained import replaced, trained
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take
 
 __all__ = [
+  'Adapted',
+  'Drawn',
+  'Frozen',
   'Int8',
   'LowRank',
   'Offloaded',
@@ -21,5 +28,8 @@ __all__ = [
   'materialize',
   'offloaded',
   'quantise',
+  'replaced',
+  'spread',
   'take',
+  'trained',
 ]

@@ -67,6 +67,10 @@ class Int8:
     """Returns the array `[..., m, n]` that this leaf stands for."""
     return self._float32().astype(self.dtype)
 
+  def spread(self, entries: tuple) -> 'Int8':
+    """See `memjax.sharding.weight_shardings`."""
+    return dataclasses.replace(self, codes=tuple(entries), scales=tuple(entries))
+
   def add(self, update: jax.Array, key: jax.Array | None = None) -> 'Int8':
     """Returns this weight plus an update, in new codes and scales.
 

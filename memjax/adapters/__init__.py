@@ -1,0 +1,40 @@
+"""Methods that live in adapted weights over time: LoRA and what grew from it.
+
+A method is a `Spec`, a frozen dataclass of numbers and words: `attach` asks it for the leaf that
+stands for a matrix, and what it does between updates is its `advance`.
+"""
+
+import dataclasses
+
+from memjax.adapters.attach import Spec, attach
+from memjax.adapters.lora import LoRA
+from memjax.adapters.merge import detach, fold, merge
+from memjax.adapters.noise import at_rest
+from memjax.adapters.over_time import over_time
+from memjax.weights import replaced
+from memjax.weights import trained as trainable
+
+__all__ = [
+  'ADAPTERS',
+  'LoRA',
+  'Spec',
+  'arguments',
+  'at_rest',
+  'attach',
+  'detach',
+  'fold',
+  'merge',
+  'over_time',
+  'replaced',
+  'trainable',
+]
+
+# Name in a config -> specification; 'none' is none.
+ADAPTERS = {'none': None, 'lora': LoRA}
+
+
+def arguments(name: str) -> dict:
+  """Returns the arguments of an adapter that a config may hold, with their defaults."""
+  fields = dataclasses.fields(ADAPTERS[name] or LoRA)
+  known = {f.name: f.default for f in fields} | {'rank': 8}
+  return {k: known[k] for k in ('rank', 'alpha', 'targets', 'rest')} if name == 'none' else known

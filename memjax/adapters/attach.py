@@ -1,0 +1,105 @@
+"""Which leaves of the parameters are adapted, and what becomes of the others.
+
+Shapes in this file: a matrix is `[m, n]`, stacked `[L, m, n]`; each matrix of a stack is adapted
+with factors of its own.
+"""
+
+import re
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from memjax import weights
+from memjax.naming import fold_in_path, nearest, path_string
+from memjax.transforms.targets import default_targets
+
+
+class Spec(Protocol):
+  """How leaves are adapted: `memjax.adapters.LoRA` and its kin."""
+
+  rank: int
+  targets: str  # Regular expression searched in leaf paths; '' the layers' matrices.
+  rest: str  # Likewise, of what is trained beside the adapters; '' nothing, '.*' everything.
+
+  def adapt(self, matrix: jax.Array, key: jax.Array) -> Any:
+    """Returns the leaf that stands for a matrix `[m, n]` from now on, of the same value."""
+
+
+def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
+  """Returns parameters in which chosen matrices are adapted and others frozen.
+
+  The function that the parameters stand for is the same as before, and what is trained of it is
+  what `memjax.adapters.trainable` returns. Trace it under `jit`, together with what draws the
+  parameters, to place factors as they are made.
+
+  Args:
+    params: Tree of arrays; matrices `[m, n]` or stacked `[L, m, n]`.
+    spec: What to adapt, and how.
+    key: PRNG key; a leaf's factors have an address: its path, then the layer.
+
+  Raises:
+    ValueError: naming the leaf: for a pattern that matches none, a leaf that is no matrix, a rank
+      above a side, a leaf that is adapted or frozen already.
+
+  >>> import jax
+  >>> from memjax import adapters
+  >>> params = {'attn': {'q': jnp.ones((8, 8))}, 'norm': jnp.ones(8)}
+  >>> adapted = adapters.attach(params, adapters.LoRA(rank=2, targets='attn'), jax.random.key(0))
+  >>> jax.tree.map(jnp.shape, adapters.trainable(adapted))
+  {'attn': {'q': {'a': (8, 2), 'b': (2, 8)}}, 'norm': None}
+  """
+  named = jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)
+  named = {path_string(path): leaf for path, leaf in named}
+  chosen = _targets(named, spec)
+  for path in chosen:
+    _check(path, named[path], spec.rank)
+  if spec.rest and spec.rest != '.*' and not any(re.search(spec.rest, path) for path in named):
+    raise ValueError(f'rest={spec.rest!r} matches no leaf; {nearest(spec.rest, named)}')
+
+  def decide(path, leaf):
+    path = path_string(path)
+    if path in chosen:
+      return _adapt(leaf, spec, fold_in_path(key, path))
+    return leaf if spec.rest and re.search(spec.rest, path) else weights.Frozen(leaf)
+
+  return jax.tree.map_with_path(decide, params, is_leaf=weights.is_weight)
+
+
+def _targets(named, spec) -> set[str]:
+  for path, leaf in named.items():
+    if weights.is_weight(leaf) and hasattr(leaf, 'TRAINED'):
+      raise ValueError(
+        f'{path} is a {type(leaf).__name__} leaf already; merge or detach what was attached before'
+      )
+  if not spec.targets:
+    chosen = {path for path, leaf in named.items() if default_targets(path, _shape(leaf))}
+  else:
+    chosen = {path for path in named if re.search(spec.targets, path)}
+  if not chosen:
+    raise ValueError(f'targets={spec.targets!r} matches no leaf; {nearest(spec.targets, named)}')
+  return chosen
+
+
+def _check(path, leaf, rank):
+  shape = _shape(leaf).shape
+  if len(shape) not in (2, 3):
+    raise ValueError(f'{path}: shape {shape} is no matrix [m, n] or stack [L, m, n] to adapt')
+  if not 1 <= rank <= min(shape[-2:]):
+    raise ValueError(
+      f'{path}: rank {rank} is not between 1 and {min(shape[-2:])}, the shorter side of '
+      f'{shape[-2:]}; lower the rank or leave the leaf out of targets'
+    )
+
+
+def _shape(leaf):
+  return jax.eval_shape(weights.materialize, leaf)
+
+
+def _adapt(leaf, spec, key):
+  if len(_shape(leaf).shape) == 2:
+    return spec.adapt(leaf, key)
+  # Layer after layer, so that what is made of a matrix on the way exists for one alone.
+  layers = jnp.arange(jax.tree.leaves(leaf)[0].shape[0])
+  adapt_layer = lambda index, matrix: spec.adapt(matrix, jax.random.fold_in(key, index))
+  return jax.lax.map(lambda pair: adapt_layer(*pair), (layers, leaf))
