@@ -55,8 +55,8 @@ class Attention(nnx.Module):
       rotary_dim: Leading dimensions of a head that are rotated; None for all `H`.
       qkv_bias: Whether queries, keys and values have biases.
       out_bias: Whether what the heads read has one after its projection.
-      qk_norm_eps: Added to the mean square in norms of each head's queries and keys, before they are
-        rotated; None has no such norms.
+      qk_norm_eps: Added to the mean square in the norms of each head's queries and keys, taken
+        before they are rotated; None takes none.
       causal: Whether a token attends to earlier ones and itself only.
       window: Tokens that one reads at most, itself and those before it; None for all.
     """

@@ -33,17 +33,22 @@ def rotate(x, position, theta, scaling):
 def attention(x, p, model, scaling):
   """One sequence `[T, D]` without padding."""
   length, width, group = len(x), model.head_dim, model.heads // model.kv_heads
-  q, k, v = (x @ p[name]['kernel'] for name in 'qkv')
+  q, k, v = (x @ p[name]['kernel'] + p[name].get('bias', 0) for name in 'qkv')
   out = np.zeros((length, model.heads * width))
   for head in range(model.heads):
     mine = slice(head * width, (head + 1) * width)
     shared = slice(head // group * width, (head // group + 1) * width)
-    queries = [rotate(q[t, mine], t, model.rope_theta, scaling) for t in range(length)]
-    keys = [rotate(k[t, shared], t, model.rope_theta, scaling) for t in range(length)]
+    queries, keys = q[:, mine], k[:, shared]
+    if model.qk_norm:
+      queries = rms_norm(queries, p['q_norm']['scale'], model.norm_eps)
+      keys = rms_norm(keys, p['k_norm']['scale'], model.norm_eps)
+    queries = [rotate(queries[t], t, model.rope_theta, scaling) for t in range(length)]
+    keys = [rotate(keys[t], t, model.rope_theta, scaling) for t in range(length)]
     for t in range(length):
-      score = np.array([queries[t] @ keys[s] for s in range(t + 1)]) / math.sqrt(width)
+      seen = range(max(0, t + 1 - (model.window or length)), t + 1)
+      score = np.array([queries[t] @ keys[s] for s in seen]) / math.sqrt(width)
       score = np.exp(score - score.max())
-      out[t, mine] = score / score.sum() @ v[: t + 1, shared]
+      out[t, mine] = score / score.sum() @ v[seen.start : seen.stop, shared]
   return out @ p['o']['kernel']
 
 

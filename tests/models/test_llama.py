@@ -20,6 +20,9 @@ VARIANTS = {
   'plain': {},
   'tied': dict(tied=True),
   'wide_heads': dict(head_dim=24, kv_heads=1),
+  'qkv_bias': dict(qkv_bias=True),
+  'qk_norm': dict(qk_norm=True, kv_heads=1),
+  'window': dict(window=3),
   'scaled_rope': dict(rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32)),
 }
 

@@ -54,6 +54,16 @@ def test_a_query_reads_earlier_tokens_that_are_no_padding():
     np.testing.assert_allclose(found[1, row], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('window', [1, 5])
+def test_blocks_keep_to_the_window(window):
+  *arrays, _ = draw(13)
+  whole = attention(*arrays, scores=WHOLE, window=window)
+  blocks = attention(*arrays, scores=4 * 4 * 5 * 13, window=window)
+  np.testing.assert_allclose(blocks, whole, atol=1e-6)
+  if window == 1:  # A token reads itself alone.
+    np.testing.assert_allclose(whole, np.repeat(arrays[2], 2, axis=2), atol=1e-6)
+
+
 def test_gradients_of_keys_are_summed_in_float32():
   """bfloat16 sums over 64 blocks would be off by more than one rounding."""
   arrays = draw(64, dtype='bfloat16')
