@@ -57,11 +57,11 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   model = build_model(config, mesh)
   schedule = build_schedule(config)
   adapter = build_adapter(config)
+  if config.step == 'streamed':
+    return _build_streamed(config, mesh, model, schedule, adapter)
   init_params = adapted(functools.partial(model.init, store=_store(config)), adapter)
   stored = jax.eval_shape(init_params, jax.random.key(0))
-  whole = sharding.param_shardings(sharding.whole(stored), model.SHARDING, mesh)
-  if config.step == 'streamed':
-    return _build_streamed(config, mesh, model, schedule, whole)
+  whole = sharding.param_shardings(weights.whole(stored), model.SHARDING, mesh)
   placed = sharding.weight_shardings(stored, whole)
   params, dense_shardings = map(weights.dense, map(weights.trained, (stored, placed)))
   layout = sharding.layout(params, dense_shardings)
@@ -120,15 +120,17 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   )
 
 
-def _build_streamed(config, mesh, model, schedule, dense_shardings) -> Parts:
+def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
   """Puts together a run whose blocks live in the host's memory."""
   method = build_method(config, schedule)
   store = _store(config)
-  init_params = functools.partial(model.init, store=lambda matrix: streams.to_host(store(matrix)))
+  on_host = functools.partial(model.init, store=lambda matrix: streams.to_host(store(matrix)))
+  init_params = adapted(on_host, adapter)
   init = functools.partial(streamed.init_state, init_params, method)
   state = jax.eval_shape(init, jax.random.key(0))
   here = NamedSharding(mesh, jax.sharding.PartitionSpec())
-  placed = sharding.weight_shardings(state['params'], dense_shardings)
+  whole = sharding.param_shardings(weights.whole(state['params']), model.SHARDING, mesh)
+  placed = sharding.weight_shardings(state['params'], whole)
   shardings = {
     'step': here,
     'params': streams.place(placed, state['params']),
@@ -136,7 +138,9 @@ def _build_streamed(config, mesh, model, schedule, dense_shardings) -> Parts:
   }
   batch = batch_shapes(config.batch_size, config.seq_len, mesh)
   step = streamed.make_train_step(model, method, shardings=shardings)
+  step = adapters.over_time(step, adapter, root_key(config, 'adapter'))
   flush = streamed.make_flush(method, shardings=shardings)
+  view = lambda params: weights.offloaded(adapters.at_rest(params))
   return Parts(
     model=model,
     schedule=schedule,
@@ -146,9 +150,9 @@ def _build_streamed(config, mesh, model, schedule, dense_shardings) -> Parts:
     eval_batch=batch,
     init=jax.jit(init, out_shardings=shardings),
     step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
-    eval_step=jax.jit(lambda params, batch: model.loss(weights.offloaded(params), batch)),
+    eval_step=jax.jit(lambda params, batch: model.loss(view(params), batch)),
     flush=jax.jit(flush, donate_argnums=0, out_shardings=shardings),
-    view=weights.offloaded,
+    view=view,
   )
 
 

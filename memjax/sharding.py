@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memjax.naming import path_string
-from memjax.weights import is_weight, materialize, spread
+from memjax.weights import is_weight, spread, whole
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
@@ -89,7 +89,7 @@ def weight_shardings(params, shardings):
   def split(leaf, sharding):
     if not is_weight(leaf):
       return sharding
-    shape = jax.eval_shape(materialize, leaf).shape
+    shape = whole(leaf).shape
     spec, mesh = sharding.spec, sharding.mesh
     entries = (*spec, *(None,) * (len(shape) - len(spec)))
 
@@ -99,11 +99,6 @@ def weight_shardings(params, shardings):
     return jax.tree.map(place, leaf, spread(leaf, entries))
 
   return jax.tree.map(split, params, shardings, is_leaf=is_weight)
-
-
-def whole(params):
-  """Returns the shapes of the arrays that parameters stand for, whatever their leaves are."""
-  return jax.tree.map(lambda x: jax.eval_shape(materialize, x), params, is_leaf=is_weight)
 
 
 def state_shardings(state, params, shardings):

@@ -93,13 +93,13 @@ def _check(path, leaf, rank):
 
 
 def _shape(leaf):
-  return jax.eval_shape(weights.materialize, leaf)
+  return weights.whole(leaf)
 
 
 def _adapt(leaf, spec, key):
   if len(_shape(leaf).shape) == 2:
     return spec.adapt(leaf, key)
-  # Layer after layer, so that what is made of a matrix on the way exists for one alone.
-  layers = jnp.arange(jax.tree.leaves(leaf)[0].shape[0])
-  adapt_layer = lambda index, matrix: spec.adapt(matrix, jax.random.fold_in(key, index))
-  return jax.lax.map(lambda pair: adapt_layer(*pair), (layers, leaf))
+  # Not by a loop, which would copy the stack: what is only passed on stays where it is.
+  layers = jnp.arange(_shape(leaf).shape[0])
+  adapt_layer = lambda matrix, index: spec.adapt(matrix, jax.random.fold_in(key, index))
+  return jax.vmap(adapt_layer)(leaf, layers)

@@ -51,8 +51,8 @@ class Leaves:
 
   @property
   def dtype(self):
-    """Of values and slopes: the widest of the leaves'."""
-    return jnp.result_type(*[leaf.dtype for leaf in self._leaves])
+    """Of values and slopes: the widest of the leaves', and f32 at least."""
+    return jnp.result_type(jnp.float32, *[leaf.dtype for leaf in self._leaves])
 
   def tree(self, parts: list) -> Any:
     """Returns a tree like the parameters; a None stays one."""
@@ -106,7 +106,7 @@ def describe(
       )
     )
     values.append(value)
-  if not any(leaf.trained for leaf in leaves):
+  if leaves and not any(leaf.trained for leaf in leaves):
     paths = ', '.join(leaf.path for leaf in leaves[:3])
     raise ValueError(f'targets chooses none of the {len(leaves)} leaves ({paths}, ...)')
   return Leaves(leaves, values, treedef, first if blockwise else 1)

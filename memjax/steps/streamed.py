@@ -168,15 +168,17 @@ class _Change:
     return self._apply({k: v for k, v in self._state['params'].items() if k != STACK}, None)
 
   def _apply(self, params, index):
-    dense = weights.dense(params)
+    trained = weights.trained(params)
+    dense = weights.dense(trained)
     zeros = jax.tree.map(jnp.zeros_like, dense)  # Gradients, which an estimator ignores.
     layer = Layer(jnp.int32(0) if index is None else index, self._layers, STACK)
     inner = _restrict(self._inner, dense)
     updates, after = self._transform.update(zeros, inner, dense, layer=layer)
-    new = transforms.apply_updates(params, updates, self._key, index)
+    new = transforms.apply_updates(trained, updates, self._key, index)
     keep = lambda new, old: jnp.where(self._due, new, old)
     after = _restore(after, self._inner)
-    return jax.tree.map(keep, new, params), jax.tree.map(keep, after, self._inner)
+    new = weights.replaced(params, jax.tree.map(keep, new, trained))
+    return new, jax.tree.map(keep, after, self._inner)
 
 
 class _See:
@@ -209,14 +211,18 @@ class _See:
     return jax.tree.map(lambda x: x[0], self._perturb({path: leaf}, side, layer)[path])
 
   def _perturb(self, params, side, layer):
-    leaves = describe(params, STACK, False, self._method.targets, layer)
+    trained = weights.trained(params)
+    if not jax.tree.leaves(trained):
+      return params
+    leaves = describe(trained, STACK, False, self._method.targets, layer)
     perturb = self._method.directions.perturb
 
     def see(leaf, value):
       scale = group_scales(leaf, side[None])
       return perturb(leaf, value, self._number, scale, {}) if leaf.trained else value
 
-    return leaves.tree([see(*pair) for pair in zip(leaves, leaves.values, strict=True)])
+    seen = leaves.tree([see(*pair) for pair in zip(leaves, leaves.values, strict=True)])
+    return weights.replaced(params, seen)
 
 
 def _through_blocks(block, blocks, inputs, change, see, shardings):
@@ -276,7 +282,8 @@ def _measured(method, rest, inner, values, factor):
   value = jnp.mean(values)
   note = lambda s: s._replace(value=jnp.where(jnp.isfinite(value), value, s.value))
   inner = jax.tree.map(lambda s: note(s) if is_state(s) else s, inner, is_leaf=is_state)
-  state = {'params': weights.dense(rest), 'opt': _restrict(inner, rest)}
+  rest = weights.dense(weights.trained(rest))
+  state = {'params': rest, 'opt': _restrict(inner, rest)}
   return _restore(measure(method.transform, state, slopes=slope[None, None]), inner)
 
 
@@ -305,7 +312,7 @@ def _restore(inner, like):
 def _shapes(params):
   """Parameters as shapes of arrays."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-  return weights.dense(shapes)
+  return weights.dense(weights.trained(shapes))
 
 
 def _check(method, inner, params):

@@ -24,7 +24,7 @@ def place(shardings: dict, params: dict) -> dict:
   """Returns the shardings of parameters with the blocks' matrices moved to the host's memory."""
 
   def move(leaf, sharding):
-    is_matrix = weights.is_weight(leaf) or leaf.ndim > 2
+    is_matrix = weights.whole(leaf).ndim > 2
     to_host = lambda s: s.with_memory_kind(offload.HOST) if is_matrix else s
     return jax.tree.map(to_host, sharding)
 
@@ -66,9 +66,13 @@ def take(leaf: Any, sharding: Any, index: jax.Array) -> Any:
 
 
 def put(leaf: Any, new: Any, sharding: Any, index: jax.Array) -> Any:
-  """Writes a layer back to where `take` had it from; in place in the carry of a loop."""
-  new = new if sharding is None else jax.tree.map(offload.store, new, sharding)
-  return slices.put(leaf, new, index)
+  """Writes what is trained of a layer back to where `take` had it from; in place in the carry of a
+  loop.
+  """
+  old, new = weights.trained(leaf), weights.trained(new)
+  if sharding is not None:
+    new = jax.tree.map(offload.store, new, weights.trained(sharding))
+  return weights.replaced(leaf, slices.put(old, new, index))
 
 
 def order_of_use(block: Callable, layer: dict, x: jax.Array) -> list[str]:
@@ -85,7 +89,7 @@ def order_of_use(block: Callable, layer: dict, x: jax.Array) -> list[str]:
     return block(map_leaves(lambda path, leaf: _Noted(leaf, path, used), layer), x)
 
   jax.eval_shape(trace, layer, x)
-  matrices = [path for path, leaf in flatten(weights.dense(layer)).items() if leaf.ndim > 1]
+  matrices = [path for path, leaf in flatten(weights.whole(layer)).items() if leaf.ndim > 1]
   # What a block does not use must be updated too.
   return list(dict.fromkeys([path for path in used if path in matrices] + matrices))
 

@@ -11,7 +11,7 @@ from memjax.weights.int8 import Int8, dense, quantise
 from memjax.weights.offloaded import Offloaded, offloaded
 from memjax.weights.perturbed import LowRank, Perturbed
 from memjax.weights.trained import replaced, trained
-from memjax.weights.weight import Weight, dot, is_weight, materialize, take
+from memjax.weights.weight import Weight, dot, is_weight, materialize, take, whole
 
 __all__ = [
   'Adapted',
@@ -32,4 +32,5 @@ __all__ = [
   'spread',
   'take',
   'trained',
+  'whole',
 ]

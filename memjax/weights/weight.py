@@ -107,6 +107,11 @@ def take(w: jax.Array | Weight, ids: jax.Array) -> jax.Array:
   return jnp.take(w, ids, axis=0, mode='fill')
 
 
+def whole(params: Any) -> Any:
+  """Returns the shapes of the arrays that leaves stand for: a tree of `jax.ShapeDtypeStruct`s."""
+  return jax.tree.map(lambda w: jax.eval_shape(materialize, w), params, is_leaf=is_weight)
+
+
 def materialize(w: jax.Array | Weight) -> jax.Array:
   """Returns the array that a leaf stands for; an array is returned as it is.
 
