@@ -172,8 +172,9 @@ def similarity(features: jax.Array, group: jax.Array) -> jax.Array:
 def facility_location(similarity: jax.Array, group: jax.Array, budget: jax.Array) -> jax.Array:
   """Chooses examples so that everyone has a similar one: greedily maximises `sum_i max_a S(i, a)`.
 
-  The sum reaches at least `1 - 1/e` of the best possible. Among equals the first of the pool is
-  chosen. Groups do not see each other, so that one loop over all choices serves them all.
+  The sum reaches at least `1 - 1/e` of the best possible. Among equals the last of the pool is
+  chosen, as `submodlib` does. Groups do not see each other, so that one loop over all choices
+  serves them all.
 
   Args:
     similarity: f32[B, B], 0 between groups and at least 0 within one.
@@ -193,7 +194,7 @@ def facility_location(similarity: jax.Array, group: jax.Array, budget: jax.Array
     turn, best, left = carry
     gain = jnp.sum(jnp.maximum(similarity - best[:, None], 0), axis=0)
     available = (turn == never) & (left[group] > 0)
-    chosen = jnp.argmax(jnp.where(available, gain, -1))
+    chosen = never - 1 - jnp.argmax(jnp.where(available, gain, -1)[::-1])
     best = jnp.maximum(best, similarity[:, chosen])
     return turn.at[chosen].set(index), best, left.at[group[chosen]].add(-1)
 
