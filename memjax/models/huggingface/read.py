@@ -1,0 +1,267 @@
+"""From a checkpoint on disk to a model and its parameters, a tensor at a time.
+
+Shapes in this file: a leaf of the blocks is stacked, `[L, ...]`, and filled layer after layer.
+"""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from memjax import sharding as sharding_lib
+from memjax.models.huggingface import families
+from memjax.models.huggingface.checkpoint import Checkpoint, Tensors, open_folder
+from memjax.models.huggingface.family import Family, Index, Name, Shape
+from memjax.naming import nearest, path_string
+
+BLOCKS = 'blocks/'
+
+
+def load(
+  path: str | pathlib.Path,
+  dtype: Any = None,
+  *,
+  mesh: Mesh | None = None,
+  shardings: Any = None,
+  key: jax.Array | None = None,
+  **fields: Any,
+) -> tuple[Any, dict[str, Any]]:
+  """Reads a model and its parameters.
+
+  Reads only what this process's devices hold, one layer's tensor at a time: besides the parameters
+  where they belong, host memory holds a few copies of the largest tensor, not the model. A stacked
+  leaf whose sharding is in host memory is put together there first, and held twice for a moment.
+  Communicates nothing.
+
+  Args:
+    path: A folder with `config.json` and safetensors (`model.safetensors`, or several files with
+      `model.safetensors.index.json`), or a `.gguf` file.
+    dtype: Of the parameters and of activations; default what most of the checkpoint is in. Differ
+      with `param_dtype`.
+    mesh: Spreads parameters over it by the model's rules; default the first device.
+    shardings: Tree of shardings, one a parameter, instead of a mesh.
+    key: PRNG key of what the checkpoint lacks and may lack, as a new task's head; default
+      `jax.random.key(0)`. A warning names what was drawn.
+    **fields: Fields of the model to set or change, such as `remat='full'`.
+
+  Returns:
+    `(model, params)`.
+
+  Raises:
+    ValueError: naming the file and the tensor or field, for an architecture that is unknown, a
+      tensor that is missing, unexpected or of another shape, a damaged file, or a pickle.
+  """
+  checkpoint = _open(path)
+  family, model = _model(checkpoint, dtype, fields)
+  found = match(family, model, checkpoint.tensors)
+  abstract = model.abstract()
+  if shardings is None:
+    shardings = _default_shardings(model, abstract, mesh)
+  drawn = [path for path, tensor in found.items() if tensor is None]
+  values = _draw(model, drawn, shardings, key)
+
+  def read(path, leaf, sharding):
+    path = path_string(path)
+    return (
+      values[path] if path in values else _read(checkpoint.tensors, found[path], leaf, sharding)
+    )
+
+  return model, jax.tree.map_with_path(read, abstract, shardings)
+
+
+def describe(path: str | pathlib.Path, dtype: Any = None, **fields: Any) -> Any:
+  """Returns the model that `load` would, with its sizes and without reading any parameter."""
+  return _model(_open(path), dtype, fields)[1]
+
+
+class Tensor(NamedTuple):
+  """The tensor of one of our leaves, in a checkpoint that was found to hold it."""
+
+  name: Name
+  keys: tuple[str, ...]  # One a layer where the leaf is stacked, else one.
+
+
+def match(family: Family, model: Any, tensors: Tensors) -> dict[str, Tensor | None]:
+  """Returns `{our path: its tensor}`, None for leaves to be drawn.
+
+  Raises:
+    ValueError: naming a tensor that is missing, unexpected or of another shape, and its file.
+  """
+  shapes = {path_string(p): x.shape for p, x in jax.tree.leaves_with_path(model.abstract())}
+  names = family.names(model)
+  if {name.path for name in names} != set(shapes):
+    wrong = {name.path for name in names} ^ set(shapes)
+    raise ValueError(f'the table of {family.name!r} and its model differ in {sorted(wrong)}')
+  bare = not any(key.startswith(family.prefix) for key in tensors.entries)
+  whole = _whole_shapes(names, shapes)
+  found = {}
+  for name in names:
+    layers = model.layers if name.path.startswith(BLOCKS) else 1
+    key = name.key.removeprefix(family.prefix) if bare else name.key
+    keys = tuple(key.replace('{layer}', str(layer)) for layer in range(layers))
+    if name.drawn and keys[0] not in tensors.entries:
+      found[name.path] = None
+      continue
+    for key in keys:
+      _check_entry(tensors, key, whole[name.key], name)
+    found[name.path] = Tensor(name, keys)
+  _check_rest(family, tensors, found)
+  return found
+
+
+def _whole_shapes(names: tuple[Name, ...], shapes: dict[str, Shape]) -> dict[str, Shape]:
+  """Shapes of their tensors, of which several of ours may be parts."""
+  whole = {}
+  for name in names:
+    shape = shapes[name.path][1:] if name.path.startswith(BLOCKS) else shapes[name.path]
+    shape = list(name.rule.shape(shape))
+    if name.rule.stop is not None:
+      before = whole.get(name.key, shape)[name.rule.axis]
+      shape[name.rule.axis] = max(name.rule.stop, before)
+    whole[name.key] = tuple(shape)
+  return whole
+
+
+def _check_entry(tensors: Tensors, key: str, shape: Shape, name: Name) -> None:
+  if key not in tensors.entries:
+    raise ValueError(
+      f'{tensors.path}: tensor {key!r} is missing, which {name.path!r} is read from; '
+      f'{nearest(key, tensors.entries)}'
+    )
+  entry = tensors.entries[key]
+  if entry.shape != shape:
+    raise ValueError(
+      f'{entry.file}: tensor {key!r} has shape {entry.shape}, but the config makes it {shape}'
+    )
+  if entry.dtype is None:
+    raise ValueError(
+      f'{entry.file}: tensor {key!r} is not of a floating dtype that is read here (float32, '
+      'float16, bfloat16, float64); load it with what quantised it, and save it in one of them'
+    )
+
+
+def _check_rest(family: Family, tensors: Tensors, found: dict[str, Tensor | None]) -> None:
+  used = {key for tensor in found.values() if tensor is not None for key in tensor.keys}
+  for key, entry in tensors.entries.items():
+    if key not in used and not any(re.search(pattern, key) for pattern in family.ignored):
+      raise ValueError(
+        f'{entry.file}: tensor {key!r} belongs to no parameter of this {family.name!r} model; the '
+        'config may be that of another checkpoint'
+      )
+
+
+def _open(path: str | pathlib.Path) -> Checkpoint:
+  path = pathlib.Path(path).expanduser()
+  if path.suffix == '.gguf':
+    from memjax.models.huggingface import gguf  # An optional library.
+
+    return gguf.open_file(path)
+  return open_folder(path)
+
+
+def _model(checkpoint: Checkpoint, dtype: Any, fields: dict[str, Any]) -> tuple[Family, Any]:
+  family = families.of_config(checkpoint.config)
+  model = family.to_model(checkpoint.config)
+  known = [field.name for field in dataclasses.fields(model)]
+  for field in fields:
+    if field not in known:
+      raise ValueError(f'{type(model).__name__} has no field {field!r}; {nearest(field, known)}')
+  dtype = jnp.dtype(_main_dtype(checkpoint.tensors) if dtype is None else dtype)
+  return family, dataclasses.replace(model, **{'dtype': dtype, 'param_dtype': dtype, **fields})
+
+
+def _main_dtype(tensors: Tensors) -> np.dtype:
+  """The dtype of most numbers; float64, which parameters are only by mistake, as float32."""
+  numbers = collections.Counter()
+  for entry in tensors.entries.values():
+    if entry.dtype is not None:
+      numbers[entry.dtype] += int(np.prod(entry.shape))
+  dtype = numbers.most_common(1)[0][0] if numbers else np.dtype('float32')
+  return np.dtype('float32') if dtype == np.float64 else dtype
+
+
+def _default_shardings(model: Any, abstract: Any, mesh: Mesh | None) -> Any:
+  if mesh is None:
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda _: device, abstract)
+  return sharding_lib.param_shardings(abstract, model.SHARDING, mesh)
+
+
+def _draw(model: Any, paths: list[str], shardings: Any, key: jax.Array | None) -> dict[str, Any]:
+  """Draws some of the parameters, and says so."""
+  if not paths:
+    return {}
+  warnings.warn(
+    f'the checkpoint has no {", ".join(paths)}: drawn at random, to be trained', stacklevel=3
+  )
+  flat = lambda tree: {path_string(p): x for p, x in jax.tree.leaves_with_path(tree)}
+  places = flat(shardings)
+  pick = lambda key: {path: flat(model.init(key))[path] for path in paths}
+  # Compiled, what is not returned is not drawn.
+  draw = jax.jit(pick, out_shardings={path: places[path] for path in paths})
+  return draw(jax.random.key(0) if key is None else key)
+
+
+def _read(tensors: Tensors, tensor: Tensor, leaf: jax.ShapeDtypeStruct, sharding: Sharding):
+  """Returns one leaf where it belongs."""
+  part = functools.partial(_part, tensors, tensor.name, dtype=leaf.dtype)
+  if not tensor.name.path.startswith(BLOCKS):
+    read = functools.partial(part, tensor.keys[0], leaf.shape)
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+  layer_shape = leaf.shape[1:]
+  if _in_host(sharding):
+
+    def layers(index):
+      first, last, _ = index[0].indices(len(tensor.keys))
+      stack = None
+      for i, key in enumerate(tensor.keys[first:last]):
+        layer = part(key, layer_shape, index[1:])
+        stack = np.empty((last - first, *layer.shape), leaf.dtype) if stack is None else stack
+        stack[i] = layer
+      return stack
+
+    return jax.make_array_from_callback(leaf.shape, sharding, layers)
+  zeros, put = _stacking(leaf.shape, leaf.dtype, sharding)
+  stack, layer_sharding = zeros(), _of_layer(sharding)
+  for i, key in enumerate(tensor.keys):
+    read = functools.partial(part, key, layer_shape)
+    layer = jax.make_array_from_callback(layer_shape, layer_sharding, read)
+    # Waited for, or a reader faster than the device would fill host memory with layers in transit.
+    stack = put(stack, layer, np.int32(i)).block_until_ready()
+  return stack
+
+
+def _part(
+  tensors: Tensors, name: Name, key: str, shape: Shape, index: Index, *, dtype: np.dtype
+) -> np.ndarray:
+  """Returns part of one of our leaves, of one layer where it is stacked."""
+  part = tensors.read(key, name.rule.index(index, shape))
+  return np.ascontiguousarray(part.T if name.rule.transpose else part).astype(dtype, copy=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _stacking(shape: Shape, dtype: np.dtype, sharding: Sharding):
+  """Programs that make a stack and that write a layer into it in place; leaves share them."""
+  zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+  write = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+  return zeros, jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _of_layer(sharding: Sharding) -> Sharding:
+  """Where one layer of a stacked leaf belongs."""
+  if isinstance(sharding, NamedSharding):
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  return sharding
+
+
+def _in_host(sharding: Sharding) -> bool:
+  device = next(iter(sharding.device_set))
+  return sharding.memory_kind not in (None, 'device', device.default_memory().kind)
