@@ -4,18 +4,26 @@ import dataclasses
 from typing import Any
 
 from memjax.models import presets
+from memjax.models.bert import Bert
+from memjax.models.gpt2 import GPT2
 from memjax.models.llama import Llama
 from memjax.models.opt import OPT
+from memjax.models.phi import Phi
+from memjax.models.stacked import Stacked
 from memjax.naming import nearest
 
 # Name -> model family, and the fields that make the size.
-PRESETS = {
-  **{name: (Llama, fields) for name, fields in presets.LLAMA.items()},
-  **{name: (OPT, fields) for name, fields in presets.OPT.items()},
-}
+FAMILIES = (
+  (Llama, presets.LLAMA),
+  (OPT, presets.OPT),
+  (GPT2, presets.GPT2),
+  (Phi, presets.PHI),
+  (Bert, presets.BERT),
+)
+PRESETS = {name: (family, fields) for family, table in FAMILIES for name, fields in table.items()}
 
 
-def create(name: str, **overrides: Any) -> Llama | OPT:
+def create(name: str, **overrides: Any) -> Stacked:
   """Returns the model called `name`, a description that allocates nothing.
 
   Args:

@@ -1,4 +1,4 @@
-"""Sizes of published models, as fields of `memjax.models.Llama` and `memjax.models.OPT`."""
+"""Sizes of published models, as fields of `memjax.models.Llama` and the other families."""
 
 from typing import Any
 
@@ -46,6 +46,36 @@ def _opt(hidden, heads, layers, **fields):
   return dict(
     vocab=50_272, hidden=hidden, intermediate=4 * hidden, heads=heads, layers=layers, **fields
   )
+
+
+def _gpt2(hidden, heads, layers):
+  """GPT-2: every size has 1024 positions and an MLP four times as wide."""
+  return dict(vocab=50_257, hidden=hidden, intermediate=4 * hidden, heads=heads, layers=layers)
+
+
+def _phi(hidden, heads, layers):
+  """Phi-1 to Phi-2 (arXiv 2309.05463): 32 dimensions of a head are rotated."""
+  return dict(
+    vocab=51_200,
+    hidden=hidden,
+    intermediate=4 * hidden,
+    heads=heads,
+    layers=layers,
+    rotary_dim=32,
+  )
+
+
+def _bert(hidden, layers, vocab=30_522):
+  """BERT (arXiv 1810.04805): heads of width 64, an MLP four times as wide."""
+  return dict(
+    vocab=vocab, hidden=hidden, intermediate=4 * hidden, heads=hidden // 64, layers=layers
+  )
+
+
+def _roberta(hidden, layers):
+  """RoBERTa (arXiv 1907.11692): one type of token, and two unused rows of positions."""
+  fields = dict(types=1, offset=2, pad_id=1, norm_eps=1e-5)
+  return _bert(hidden, layers, vocab=50_265) | fields
 
 
 LLAMA: dict[str, dict[str, Any]] = {
@@ -98,4 +128,27 @@ OPT: dict[str, dict[str, Any]] = {
   'opt_30b': _opt(7168, 56, 48),
   'opt_66b': _opt(9216, 72, 64),
   'opt_175b': _opt(12_288, 96, 96),
+}
+
+GPT2: dict[str, dict[str, Any]] = {
+  'gpt2_tiny': dict(vocab=512, hidden=64, intermediate=128, heads=4, layers=2, positions=128),
+  'gpt2': _gpt2(768, 12, 12),
+  'gpt2_medium': _gpt2(1024, 16, 24),
+  'gpt2_large': _gpt2(1280, 20, 36),
+  'gpt2_xl': _gpt2(1600, 25, 48),
+}
+
+PHI: dict[str, dict[str, Any]] = {
+  'phi_tiny': dict(vocab=512, hidden=64, intermediate=128, heads=4, layers=2, rotary_dim=8),
+  'phi_1_5': _phi(2048, 32, 24),
+  'phi_2': _phi(2560, 32, 32),
+}
+
+BERT: dict[str, dict[str, Any]] = {
+  'bert_tiny': dict(vocab=512, hidden=64, intermediate=128, heads=4, layers=2, positions=128),
+  'bert_base': _bert(768, 12),
+  'bert_large': _bert(1024, 24),
+  'roberta_base': _roberta(768, 12),
+  'roberta_large': _roberta(1024, 24),
+  'minilm_l6': _bert(384, 6) | dict(heads=12, task='embedding', pool='mean'),
 }

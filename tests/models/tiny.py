@@ -38,3 +38,10 @@ def assert_trees_close(a, b, tolerance):
   """Relative to the largest entry of each leaf: small entries are differences of large ones."""
   check = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
   jax.tree.map(check, a, b)
+
+
+def assert_gradients_close(a, b, tolerance):
+  """Relative to the largest entry of all leaves: some gradients are zero but for rounding."""
+  largest = max(float(np.abs(y).max()) for y in jax.tree.leaves(b))
+  check = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)
+  jax.tree.map(check, a, b)
