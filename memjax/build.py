@@ -88,11 +88,12 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   init_placed = init
   if fraction:
     slots = slices.plan(optax.with_extra_args_support(transform), params)
-    shardings['opt'] = offload.place(state['opt'], shardings['opt'], slots, fraction)
+    treedef = jax.tree.structure(jax.eval_shape(transform.init, params))
+    shardings['opt'] = offload.place(state['opt'], shardings['opt'], treedef, slots, fraction)
 
     def init_placed(key):
       state = init(key)
-      return state | {'opt': offload.store_all(state['opt'], shardings['opt'], slots)}
+      return state | {'opt': offload.store_all(state['opt'], shardings['opt'], treedef, slots)}
 
   state = _place(state, shardings)
   gradients = shardings | {'params': dense_shardings}
@@ -103,7 +104,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
       model, optimizer, rotation, schedule, shardings=gradients, **_options(config)
     )
     schedule = rotation.learning_rate(schedule)
-  train_step = adapters.over_time(train_step, adapter, root_key(config, 'adapter'))
+  key = root_key(config, 'adapter')
+  train_step = adapters.over_time(train_step, adapter, key, transform.init)
   return Parts(
     model=model,
     schedule=schedule,
@@ -211,7 +213,8 @@ def adapted(init_params, adapter):
 
 def _store(config):
   """What is kept of a matrix as it is drawn."""
-  return weights.quantise if config.weights == 'int8' else lambda matrix: matrix
+  stores = {'int8': weights.quantise, 'nf4': weights.quantise_nf4}
+  return stores.get(config.weights, lambda matrix: matrix)
 
 
 def _options(config):

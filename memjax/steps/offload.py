@@ -29,7 +29,7 @@ def store(x: jax.Array, sharding) -> jax.Array:
   return jax.device_put(x, sharding) if on_host(sharding) else x
 
 
-def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
+def place(state: Any, shardings: Any, treedef, slots: list, fraction: float) -> Any:
   """Returns the shardings with the largest leaves of the state moved to the host's memory.
 
   What is moved is cut across every layer, not by layers: in each of them a part of the update waits
@@ -38,6 +38,7 @@ def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
   Args:
     state: Optimizer state as arrays or shapes.
     shardings: Its `NamedSharding`s.
+    treedef: Structure of `transform.init`; where a leaf of it is None, the state is not kept.
     slots: What its leaves belong to, see `slices.plan`; counts and the like stay.
     fraction: Of the bytes, in [0, 1]; as many leaves are moved as it has room for.
 
@@ -46,8 +47,7 @@ def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
     Interleaved Offloading <https://arxiv.org/abs/2410.21316>`_, 2024 (interleaves whole subgroups
     of parameters, some of which the host itself updates)
   """
-  leaves, treedef = jax.tree.flatten(state, is_leaf=_is_missing)
-  placed = jax.tree.leaves(shardings, is_leaf=_is_missing)
+  leaves, placed = treedef.flatten_up_to(state), treedef.flatten_up_to(shardings)
   sizes = {
     i: math.prod(x.shape) * x.dtype.itemsize
     for i, (x, slot) in enumerate(zip(leaves, slots, strict=True))
@@ -61,7 +61,7 @@ def place(state: Any, shardings: Any, slots: list, fraction: float) -> Any:
   return treedef.unflatten(placed)
 
 
-def store_all(state: Any, shardings: Any, slots: list) -> Any:
+def store_all(state: Any, shardings: Any, treedef, slots: list) -> Any:
   """Returns fresh state with every leaf where its sharding says; under `jit`.
 
   What goes to the host goes there a layer at a time. Of leaves that begin as a constant, as moments
@@ -70,22 +70,17 @@ def store_all(state: Any, shardings: Any, slots: list) -> Any:
   Args:
     state: Optimizer state, of `transform.init`.
     shardings: Its `NamedSharding`s, of `place`.
+    treedef: As there.
     slots: What its leaves belong to, see `slices.plan`.
   """
 
   def store_leaf(x, sharding, slot):
-    if not on_host(sharding):
+    if x is None or not on_host(sharding):
       return x
     if not slot.layered:
       return store(x, sharding)
     layer = jax.NamedSharding(sharding.mesh, P(*sharding.spec[1:]), memory_kind=HOST)
     return jax.lax.map(lambda i: store(x[i], layer), jnp.arange(x.shape[0]))
 
-  leaves, treedef = jax.tree.flatten(state, is_leaf=_is_missing)
-  placed = jax.tree.leaves(shardings, is_leaf=_is_missing)
+  leaves, placed = treedef.flatten_up_to(state), treedef.flatten_up_to(shardings)
   return treedef.unflatten(map(store_leaf, leaves, placed, slots))
-
-
-def _is_missing(x) -> bool:
-  """Whether it stands for state that is not kept."""
-  return x is None

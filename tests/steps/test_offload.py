@@ -29,7 +29,11 @@ def place(init, transform, fraction):
     'step': jax.NamedSharding(mesh, P()),
     'params': where,
     'opt': offload.place(
-      shape['opt'], opt, slices.plan(optax.with_extra_args_support(transform), params), fraction
+      shape['opt'],
+      opt,
+      jax.tree.structure(shape['opt']),
+      slices.plan(optax.with_extra_args_support(transform), params),
+      fraction,
     ),
   }
   return jax.jit(init, out_shardings=shardings)(jax.random.key(0)), shardings
@@ -105,8 +109,9 @@ def test_fresh_state_is_sent_there_layer_by_layer():
   where = sharding.param_shardings(params, RULES, mesh)
   opt = sharding.state_shardings(shape, params, where)
   slots = slices.plan(transform, params)
-  placed = offload.place(shape, opt, slots, 1.0)
-  init = lambda: offload.store_all(transform.init(halve()), placed, slots)
+  treedef = jax.tree.structure(shape)
+  placed = offload.place(shape, opt, treedef, slots, 1.0)
+  init = lambda: offload.store_all(transform.init(halve()), placed, treedef, slots)
   state = jax.jit(init, out_shardings=placed)()
   assert jax.tree.map(lambda x: x.sharding, state) == placed
   assert bytes_on('device', state) < bytes_on('pinned_host', state) / 100
@@ -118,7 +123,8 @@ def test_largest_leaves_are_moved_first(fraction):
   here = jax.NamedSharding(sharding.make_mesh(), P())
   state = {'a': jax.ShapeDtypeStruct((3,), 'float32'), 'b': jax.ShapeDtypeStruct((5,), 'float32')}
   slots = [slices.Slot('head/a', False), slices.Slot('head/b', False)]
-  placed = offload.place(state, {'a': here, 'b': here}, slots, fraction)
+  treedef = jax.tree.structure(state)
+  placed = offload.place(state, {'a': here, 'b': here}, treedef, slots, fraction)
   kinds = {name: s.memory_kind for name, s in placed.items()}
   expected = {
     0.0: {'a': 'device', 'b': 'device'},

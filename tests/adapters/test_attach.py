@@ -1,0 +1,119 @@
+"""What is adapted and what is frozen, and the way back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax import adapters, weights
+from tests.models import tiny
+
+MODEL = tiny.make(layers=2)
+PARAMS = tiny.random_params(MODEL)
+KEY = jax.random.key(0)
+TOKENS = jnp.arange(12).reshape(2, 6)
+
+
+def logits(params):
+  return MODEL.logits(params, TOKENS)
+
+
+@pytest.mark.parametrize('store', [lambda x: x, weights.quantise], ids=['dense', 'int8'])
+def test_a_model_with_adapters_is_at_first_the_same_function(store):
+  blocks = jax.tree.map(lambda x: store(x) if x.ndim == 3 else x, PARAMS['blocks'])
+  params = {**PARAMS, 'blocks': blocks}
+  adapted = adapters.attach(params, adapters.LoRA(rank=4, alpha=8), KEY)
+  np.testing.assert_allclose(logits(adapted), logits(params), rtol=1e-5, atol=1e-5)
+  trained = adapters.trainable(adapted)
+  shapes = {jnp.shape(x)[-1 if k == 'a' else -2] for k, x in factors(trained)}
+  assert shapes == {4} and trained['embed']['embedding'] is None
+  assert jax.tree.structure(adapters.detach(adapted)) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, adapters.detach(adapted), params)
+
+
+def factors(trained):
+  leaves = jax.tree.leaves_with_path(trained)
+  return [(path[-1].key, leaf) for path, leaf in leaves]
+
+
+def test_factors_are_drawn_as_published_and_apart():
+  wide = {'w': jnp.zeros((2, 1024, 64)), 'v': jnp.zeros((2, 1024, 64))}
+  draw = lambda **fields: adapters.attach(wide, adapters.LoRA(rank=16, **fields), KEY)
+  kaiming, gaussian = draw()['w'].a, draw(init='gaussian')['w'].a
+  bound = 1 / np.sqrt(1024)
+  assert float(jnp.abs(kaiming).max()) <= bound
+  assert abs(float(kaiming.std()) - bound / np.sqrt(3)) < 0.01 * bound
+  assert abs(float(gaussian.std()) - 1 / 16) < 0.01 / 16
+  assert not np.array_equal(kaiming[0], kaiming[1])
+  assert not np.array_equal(kaiming, draw()['v'].a)
+  np.testing.assert_array_equal(kaiming, draw()['w'].a)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'scale'),
+  [(dict(), 1.0), (dict(alpha=32), 8.0), (dict(alpha=32, rank_stabilized=True), 16.0)],
+)
+def test_the_scale_is_alpha_over_the_rank_or_its_root(fields, scale):
+  assert adapters.LoRA(rank=4, **fields).scale == scale
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_merged_model_is_the_adapted_one(dtype):
+  params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+  adapted = adapters.attach(params, adapters.LoRA(rank=4, dtype='float32'), KEY)
+  moved = jax.tree.map(lambda x: x + 0.1, adapters.trainable(adapted))
+  adapted = adapters.replaced(adapted, moved)
+  merged = jax.jit(adapters.merge)(adapted)
+  assert jax.tree.structure(merged) == jax.tree.structure(params)
+  kernel = adapted['blocks']['attn']['q']['kernel']
+  expected = kernel.base.astype(jnp.float32) + jnp.einsum('lmr,lrn->lmn', kernel.a, kernel.b)
+  got = merged['blocks']['attn']['q']['kernel']
+  np.testing.assert_array_equal(got, expected.astype(dtype))
+  np.testing.assert_array_equal(merged['embed']['embedding'], params['embed']['embedding'])
+  if dtype == 'float32':
+    np.testing.assert_allclose(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bf16_merge_with_a_key_keeps_small_additions_on_average():
+  base = jnp.ones((4, 64, 64), jnp.bfloat16)
+  a, b = jnp.full((4, 64, 1), 0.001, jnp.float32), jnp.ones((4, 1, 64), jnp.float32)
+  leaf = {'w': weights.Adapted(base, a, b)}
+  assert float(jnp.mean(adapters.merge(leaf)['w'], dtype=jnp.float32)) == 1
+  mean = float(jnp.mean(adapters.merge(leaf, jax.random.key(1))['w'], dtype=jnp.float32))
+  # A quarter of 16,384 weights move by 2**-7: five standard errors.
+  assert abs(mean - 1.001) < 5 * 2**-7 * np.sqrt(0.11 / base.size)
+
+
+def test_a_merge_is_in_place_and_holds_one_matrix():
+  params = {'w': jnp.zeros((16, 128, 128))}
+  adapted = adapters.attach(params, adapters.LoRA(rank=2), KEY)
+  compiled = jax.jit(adapters.merge, donate_argnums=0).lower(adapted).compile()
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes >= params['w'].nbytes
+  assert memory.temp_size_in_bytes < 3 * params['w'].nbytes / 16
+
+
+@pytest.mark.parametrize(
+  ('spec', 'words'),
+  [
+    (dict(targets='atn/q'), "'atn/q' matches no leaf"),
+    (dict(rank=33), 'rank 33 is not between 1 and 32'),
+    (dict(targets='norm'), 'no matrix|rank'),
+    (dict(rest='nrom'), "'nrom' matches no leaf"),
+  ],
+)
+def test_bad_specifications_name_the_leaf(spec, words):
+  with pytest.raises(ValueError, match=words):
+    adapters.attach(PARAMS, adapters.LoRA(**{'rank': 4, **spec}), KEY)
+
+
+def test_an_adapted_tree_is_refused():
+  adapted = adapters.attach(PARAMS, adapters.LoRA(rank=4), KEY)
+  with pytest.raises(ValueError, match='leaf already; merge or detach'):
+    adapters.attach(adapted, adapters.LoRA(rank=4), KEY)
+
+
+@pytest.mark.parametrize('fields', [dict(init='x'), dict(dropout=1.0), dict(form='x')])
+def test_bad_fields_are_refused(fields):
+  with pytest.raises(ValueError, match=next(iter(fields))):
+    adapters.LoRA(rank=4, **fields)
