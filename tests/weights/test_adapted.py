@@ -96,12 +96,15 @@ def test_dropout_keeps_the_mean_and_is_the_same_for_the_same_key():
 def test_trained_and_replaced_are_opposites_and_leave_out_what_is_frozen():
   params = {'a': make(), 'b': [weights.Frozen(W), W], 'c': weights.quantise(W)}
   found = weights.trained(params)
-  assert found['b'][0] is None and found['b'][1] is W and found['c'] is params['c']
+  assert found['b'][0] is None
+  assert found['b'][1] is W
+  assert found['c'] is params['c']
   assert set(found['a']) == {'a', 'b'}
   doubled = jax.tree.map(lambda x: 2 * x, {**found, 'c': W})
   new = weights.replaced(params, doubled)
   np.testing.assert_array_equal(new['a'].a, 2 * A)
-  assert new['a'].base is W and new['b'][0].value is W
+  assert new['a'].base is W
+  assert new['b'][0].value is W
   np.testing.assert_array_equal(new['c'], 2 * W)
 
 
