@@ -70,6 +70,8 @@ from memjax.transforms import sm3 as sm3
 from memjax.transforms import subspace_iteration as subspace_iteration
 from memjax.transforms import svd as svd
 from memjax.transforms import transformer_blocks as transformer_blocks
+from memjax.transforms import scale_by_vector_adam as scale_by_vector_adam
+from memjax.transforms import vector_adam as vector_adam
 from memjax.version import __version__ as __version__
 
 _SUBMODULES = (
@@ -87,6 +89,7 @@ _SUBMODULES = (
   'schedules',
   'sharding',
   'steps',
+  'tasks',
   'train',
   'transforms',
   'weights',

@@ -61,7 +61,7 @@ class Split:
       stop: Row after the last one wanted, at most `batch_size`.
       seed: Seed of the order.
     """
-    _check_rows(step, batch_size, start, stop)
+    check_rows(step, batch_size, start, stop)
     positions = range(step * batch_size + start, step * batch_size + stop)
     return self._gather([order.shuffled(p, len(self), seed) for p in positions])
 
@@ -75,7 +75,7 @@ class Split:
     Rows past the end have weight 0, so that all batches have one shape and every token counts
     exactly once.
     """
-    _check_rows(index, batch_size, start, stop)
+    check_rows(index, batch_size, start, stop)
     if index >= self.eval_batches(batch_size):
       raise ValueError(f'evaluation batch {index} of {self.eval_batches(batch_size)}; count from 0')
     first = index * batch_size
@@ -95,7 +95,7 @@ class Split:
     return {'tokens': window[:, :-1].copy(), 'targets': window[:, 1:].copy(), 'weights': weights}
 
 
-def _check_rows(step, batch_size, start, stop):
+def check_rows(step, batch_size, start, stop):
   if step < 0 or not 0 <= start <= stop <= batch_size:
     raise ValueError(
       f'rows {start}:{stop} of batch {step} with batch_size={batch_size}; '

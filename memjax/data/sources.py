@@ -186,30 +186,51 @@ def _stat_identity(paths):
 
 def _tfds(rest):
   name, _, data_dir = rest.partition('@')
+  root = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  examples = prepared(name, root, 'train')
+  features = examples.dataset_info.features
+  if 'text' not in features:
+    raise ValueError(f"data source tfds:{name} has no feature 'text', only {sorted(features)}")
+  directory = _prepared_directory(_path(root), name)
+  info = (directory / 'dataset_info.json').read_text()
+  identity = hashlib.sha256(f'{directory} {info}'.encode()).hexdigest()
+  return lambda: (example['text'].decode() for example in examples), identity
+
+
+def prepared(name, root, split):
+  """Opens one split of a TensorFlow dataset for random access, if it is prepared on this disk.
+
+  Args:
+    name: The dataset's name, such as 'c4/en' or 'glue/sst2:2.0.0'.
+    root: Folder in which datasets are prepared.
+    split: Such as 'train'.
+
+  Raises:
+    Missing: when the library or the dataset is not here, saying how to get it.
+  """
   try:
     import tensorflow_datasets as tfds
-    from etils import epath
+
+    directory = _prepared_directory(_path(root), name)
   except ImportError as error:
     raise Missing(f"needs TensorFlow Datasets ({error}); pip install 'memjax[tfds]'") from error
-  root = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   how = (
     f"prepare it once with tfds.builder({name!r}, data_dir={root!r}, file_format='array_record')"
     '.download_and_prepare()'
   )
   # Not `tfds.builder(name)`, which asks the network about a dataset that is not on this disk.
-  directory = _prepared_directory(epath.Path(root).expanduser(), name)
   if directory is None:
     raise Missing(f'not prepared in {root}; {how}')
   try:
-    examples = tfds.builder_from_directory(directory).as_data_source('train')
+    return tfds.builder_from_directory(directory).as_data_source(split)
   except NotImplementedError as error:
     raise Missing(f'{directory} was not prepared for random access; {how}') from error
-  features = examples.dataset_info.features
-  if 'text' not in features:
-    raise ValueError(f"data source tfds:{name} has no feature 'text', only {sorted(features)}")
-  info = (directory / 'dataset_info.json').read_text()
-  identity = hashlib.sha256(f'{directory} {info}'.encode()).hexdigest()
-  return lambda: (example['text'].decode() for example in examples), identity
+
+
+def _path(root):
+  from etils import epath
+
+  return epath.Path(root).expanduser()
 
 
 def _prepared_directory(root, name):

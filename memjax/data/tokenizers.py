@@ -17,6 +17,14 @@ END_TOKENS = (END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[S
 SAMPLE_CHARS = 2**26
 
 
+class Frame(NamedTuple):
+  """Control tokens that a model expects around a text, or around two that it compares."""
+
+  first: tuple[int, ...] = ()
+  between: tuple[int, ...] = ()  # Between two texts.
+  last: tuple[int, ...] = ()
+
+
 class Tokenizer(NamedTuple):
   """What the rest of memjax asks of a tokenizer; text never becomes the end of a document."""
 
@@ -27,6 +35,7 @@ class Tokenizer(NamedTuple):
   largest_id: int  # The largest id that text or the end of a document can become.
   eos_id: int  # Follows every document.
   identity: str  # Equal only for tokenizers that encode alike.
+  frame: Frame = Frame()  # Around a text on its own; streams of documents do without.
 
 
 def open_tokenizer(name, source, *, vocab_size, cache_dir):
@@ -86,6 +95,7 @@ def _bytes():
     largest_id=256,
     eos_id=256,
     identity='bytes',
+    frame=_between_documents(256),
   )
 
 
@@ -95,7 +105,13 @@ def _bpe(source, vocab_size, cache_dir):
   path = cache_dir / f'bpe-{vocab_size}-{key}.json'
   if not path.exists():
     _write_atomically(path, train_bpe(source.documents(), vocab_size))
-  return _tokenizer_json(path)
+  opened = _tokenizer_json(path)
+  return opened._replace(frame=_between_documents(opened.eos_id))
+
+
+def _between_documents(eos_id):
+  """Of models that we train: their documents begin after the end of another."""
+  return Frame(first=(eos_id,), between=(eos_id,))
 
 
 def train_bpe(documents, vocab_size):
@@ -171,7 +187,20 @@ def _tokenizer_json(path):
     largest_id=max((ids - special) | {eos_id}),
     eos_id=eos_id,
     identity=f'{eos_id} {hashlib.sha256(text.encode()).hexdigest()}',
+    frame=_frame(tokenizer),
   )
+
+
+def _frame(tokenizer):
+  """What the file puts around two texts, found by letting it do so."""
+  pair = tokenizer.encode('a', 'b', add_special_tokens=True)
+  parts, part = ([], [], []), 0
+  for token, text in zip(pair.ids, pair.sequence_ids):
+    if text is None:
+      parts[part].append(token)
+    else:
+      part = text + 1
+  return Frame(*map(tuple, parts))
 
 
 def _end_of_text_id(tokenizer, path):
@@ -206,6 +235,7 @@ def _sentencepiece(path):
     largest_id=max(eos_id, *from_text),
     eos_id=eos_id,
     identity=hashlib.sha256(path.read_bytes()).hexdigest(),
+    frame=Frame(first=(processor.bos_id(),)) if processor.bos_id() >= 0 else Frame(),
   )
 
 

@@ -1,0 +1,28 @@
+"""Labelled tasks: prompts, protocols, option scoring, answers and the scores papers report.
+
+>>> from memjax import tasks
+>>> task = tasks.find('rte')
+>>> row = {'premise': 'Rome fell.', 'hypothesis': 'Rome stands.', 'label': 'not_entailment'}
+>>> example = tasks.example(task, row, 'row 1')
+>>> print(example.prompt + example.options[example.label])
+Rome fell.
+Does this mean that "Rome stands." is true? Yes or No?
+No
+"""
+
+from memjax.tasks.metrics import METRICS
+from memjax.tasks.rows import read
+from memjax.tasks.sampling import K_SHOT_SEEDS
+from memjax.tasks.tables import TASKS, find
+from memjax.tasks.task import Example, Task, example
+
+__all__ = [
+  'K_SHOT_SEEDS',
+  'METRICS',
+  'TASKS',
+  'Example',
+  'Task',
+  'example',
+  'find',
+  'read',
+]
