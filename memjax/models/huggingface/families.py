@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from memjax.models.huggingface import llama, opt
+from memjax.models.huggingface import bert, gpt2, llama, opt, phi
 from memjax.models.huggingface.family import Config, Family
 from memjax.naming import nearest
 
@@ -16,6 +16,10 @@ FAMILIES: dict[str, Family] = {
     llama.QWEN3,
     llama.PHI3,
     opt.OPT,
+    gpt2.GPT2,
+    phi.PHI,
+    bert.BERT,
+    bert.ROBERTA,
   )
 }
 
