@@ -6,7 +6,8 @@ coordinates count; `K` examples are chosen. Sources are numbered from 0.
 Everything here is static in shape, whatever the pool is made of, and runs inside a jitted step.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def choose(
   *,
   coordinates: int = 0,
   budgets: str = 'proportional',
+  everywhere: Callable[[Any], Any] = lambda x: x,
 ) -> Choice:
   """Keeps all examples of small sources, and of the others those that lie in the middle of most.
 
@@ -50,6 +52,8 @@ def choose(
     small: bool[S], sources of which everything is kept.
     coordinates: h; 0 takes all.
     budgets: How many of each source, see `share_out`; 'none' chooses from all sources as from one.
+    everywhere: Puts arrays on all devices, where the pool is spread over them: what is compared
+      is brought together, `B h` numbers, and not the features.
 
   Raises:
     ValueError: for a `keep` that is not between 1 and B, or an unknown kind of budgets.
@@ -71,7 +75,9 @@ def choose(
   # Whoever is kept anyway, or cannot be compared, belongs to a group of its own without a budget.
   group = jnp.where(kept | ~sound, sources, 0 if budgets == 'none' else source)
   features = jnp.where((group < sources)[:, None], features, 0)
-  near = similarity(top_coordinates(features, group, sources, coordinates), group)
+  group, kept = everywhere((group, kept))
+  compared = everywhere(top_coordinates(features, group, sources, coordinates))
+  near = similarity(compared, group)
   sizes = jnp.bincount(group, length=sources + 1).at[sources].set(0).astype(jnp.int32)
   places = jnp.clip(keep - jnp.sum(kept, dtype=jnp.int32), 0, jnp.sum(sizes))
   turn = facility_location(near, group, share_out(sizes, places, budgets))
