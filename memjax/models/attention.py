@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from memjax.models import query_blocks
+from memjax.models.cache import Cache
 from memjax.models.layers import Linear, RMSNorm
 from memjax.models.rotary import RopeScaling, frequencies, rotate
 
@@ -81,7 +82,7 @@ class Attention(nnx.Module):
     Args:
       x: Hidden states `[B, T, D]`.
       positions: Rotary positions `i32[B, T]` or `i32[1, T]`; None where nothing is rotated.
-      mask: `bool[B, T]`, tokens that may be attended to; None for all.
+      mask: `bool[B, T]`, tokens that may be attended to; None for all; or a `Cache`.
     """
     batch, length, _ = x.shape
     query = self.q(x).reshape(batch, length, self.heads, self.head_dim)
@@ -104,7 +105,7 @@ def attend(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  mask: jax.Array | None,
+  mask: jax.Array | Cache | None,
   implementation: str,
   causal: bool = True,
   window: int | None = None,
@@ -115,7 +116,8 @@ def attend(
     query: `[B, T, N, H]`.
     key: `[B, T, K, H]`.
     value: `[B, T, K, H]`.
-    mask: `bool[B, T]`, tokens that may be attended to; None for all.
+    mask: `bool[B, T]`, tokens that may be attended to; None for all. Or a `Cache`, whose tokens are
+      attended to as well, and which is left these keys and values.
     implementation: One of `IMPLEMENTATIONS`.
     causal: Whether a token attends to earlier ones and itself only.
     window: Tokens that one reads at most, itself and those before it, where it is causal.
@@ -123,6 +125,9 @@ def attend(
   query, key = checkpoint_name(query, 'query'), checkpoint_name(key, 'key')
   value = checkpoint_name(value, 'value')
   batch, length, heads, width = query.shape
+  if isinstance(mask, Cache) and mask.slot is not None:
+    return mask.read(query, key, value, window).reshape(batch, length, heads * width)
+  mask = mask.keep(key, value) if isinstance(mask, Cache) else mask
   if choose(implementation, query.dtype, width, mask is not None) == 'cudnn':
     y = jax.nn.dot_product_attention(
       query,

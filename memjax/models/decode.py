@@ -1,0 +1,143 @@
+"""Continuing prompts of any length with a cache of keys and values.
+
+Shapes in this file: `B` prompts of at most `P` tokens, continued by `length`, in `S = P + length`
+slots; `L` layers, `K` key-value heads of width `H`; vocabulary `V`.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memjax.models.cache import Cache
+from memjax.models.decoder import padding
+from memjax.models.generate import sample
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'length', 'top_k'))
+def decode(
+  model: Any,
+  params: Any,
+  prompt_tokens: jax.Array,
+  length: int,
+  key: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  top_k: int | None = None,
+  *,
+  attention_mask: jax.Array | None = None,
+  stop: jax.Array | None = None,
+) -> jax.Array:
+  """Continues prompts by sampling, as one compiled program that runs each token once.
+
+  Gives the tokens of `memjax.models.generate` from the same key. Keeps `2 L B S K H` numbers in
+  the model's dtype beside the parameters, and updates them in place. Ends as soon as every row has
+  stopped.
+
+  Args:
+    model: A decoder, such as `memjax.models.Llama`.
+    params: Its parameters.
+    prompt_tokens: `i32[B, P]`.
+    length: Tokens to add at most.
+    key: The token that follows `P + i` others is drawn with `fold_in(key, P + i)`.
+    temperature: Divides the logits; 0 takes the likeliest token.
+    top_k: Draws among the `top_k` likeliest tokens only; None for all.
+    attention_mask: `[B, P]`, zero for padding, on either side; every row has a token. Default: no
+      padding.
+    stop: `i32[s]`, tokens after which a row stops; default none.
+
+  Returns:
+    `i32[B, length]`: what follows each prompt. A row that stops repeats the token it stopped with.
+
+  Raises:
+    ValueError: for an empty prompt, a negative `length`, more tokens than the model has positions,
+      or a `top_k` outside `1 .. V`.
+  """
+  batch, start = prompt_tokens.shape
+  _check(model, start, length, top_k)
+  if length == 0:
+    return jnp.zeros((batch, 0), jnp.int32)
+  mask = jnp.ones((batch, start), bool)
+  if attention_mask is not None:
+    # Padding goes to the left, so that the next token has one slot in all rows.
+    order = jnp.argsort(attention_mask != 0, axis=1, stable=True)
+    mask = jnp.take_along_axis(attention_mask != 0, order, axis=1)
+    prompt_tokens = jnp.take_along_axis(prompt_tokens, order, axis=1)
+  stop = jnp.zeros(0, jnp.int32) if stop is None else stop
+  positions, _ = padding(mask)
+  allowed = jnp.concatenate([mask, jnp.ones((batch, length), bool)], axis=1)
+  shape = (model.layers, batch, start + length, model.kv_heads, model.head_dim)
+  cache = (jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+  def next_token(x, index):
+    logits = model.head_logits(params, x[:, -1:])[:, 0]
+    return sample(logits, jax.random.fold_in(key, start + index), temperature, top_k)
+
+  x, cache = _forward(model, params, prompt_tokens, positions, cache, allowed, None)
+  token = next_token(x, 0)
+  tokens = jnp.broadcast_to(token[:, None], (batch, length))
+
+  def unfinished(state):
+    index, _, done, _ = state
+    return (index < length) & ~jnp.all(done)
+
+  def add_token(state):
+    index, tokens, done, cache = state
+    last = jax.lax.dynamic_slice_in_dim(tokens, index - 1, 1, axis=1)
+    x, cache = _forward(
+      model, params, last, positions[:, -1:] + index, cache, allowed, start + index - 1
+    )
+    token = jnp.where(done, last[:, 0], next_token(x, index))
+    # Over all places to come, which is what a row that stops here is to hold.
+    coming = jnp.arange(length)[None] >= index
+    tokens = jnp.where(coming, token[:, None], tokens)
+    return index + 1, tokens, done | _among(token, stop), cache
+
+  state = (jnp.int32(1), tokens, _among(token, stop), cache)
+  return jax.lax.while_loop(unfinished, add_token, state)[1]
+
+
+def _forward(model, params, tokens, positions, cache, allowed, slot):
+  """Returns hidden states `[B, t, D]` after the last block, and the cache with these tokens in it.
+
+  The cache is carried from layer to layer and not cut up and stacked again, which would copy it.
+  """
+  x = _call(model.embed, params, tokens, positions=positions)
+
+  def block(carry, part):
+    x, keys, values = carry
+    index, layer = part
+    here = Cache(keys[index], values[index], allowed, slot)
+    x = _call(model.block, layer, x, positions=positions, mask=here)
+    place = (index, 0, 0 if slot is None else slot, 0, 0)
+    keys = jax.lax.dynamic_update_slice(keys, here.key.astype(keys.dtype)[None], place)
+    values = jax.lax.dynamic_update_slice(values, here.value.astype(values.dtype)[None], place)
+    return (x, keys, values), None
+
+  layers = (jnp.arange(model.layers), params['blocks'])
+  (x, *cache), _ = jax.lax.scan(block, (x, *cache), layers)
+  return x, tuple(cache)
+
+
+def _call(piece, *args, **named):
+  """Calls `embed` or `block` with what it takes: positions belong to one of the two, by family."""
+  taken = inspect.signature(piece).parameters
+  return piece(*args, **{k: v for k, v in named.items() if k in taken})
+
+
+def _among(token, stop):
+  return jnp.any(token[:, None] == stop[None, :], axis=1)
+
+
+def _check(model, start, length, top_k):
+  if start < 1 or length < 0:
+    raise ValueError(f'Needs a prompt and length >= 0, got {start} tokens and length {length}.')
+  if top_k is not None and not 1 <= top_k <= model.vocab:
+    raise ValueError(f'top_k {top_k} is not between 1 and the vocabulary size {model.vocab}.')
+  most = getattr(model, 'positions', None)
+  if most is not None and start + length > most:
+    raise ValueError(
+      f'a prompt of {start} tokens and {length} more, but the model has {most} positions; ask for '
+      'fewer, or cut the front of the prompt.'
+    )
