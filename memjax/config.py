@@ -31,7 +31,7 @@ from memjax.steps import rotations, whole_tree
 
 STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS, *optimizers.ZEROTH_ORDER_STEPS)
 CLIPS = ('global', 'layer')
-WEIGHTS = ('dense', 'int8')
+WEIGHTS = ('dense', 'int8', 'nf4')
 _OPEN = ('optimizer.', 'adapter.', 'model_args.')  # Fields that another table knows.
 
 # What may differ between runs that share a work directory: nothing here changes what a finished
@@ -57,7 +57,9 @@ def default() -> ConfigDict:
   c.model = 'llama_quickstart'  # A name in memjax.models.PRESETS.
   c.model_args = ConfigDict(dict(loss_chunk=1024))  # Fields of the model to change.
   c.param_dtype = 'float32'
-  c.weights = 'dense'  # Or 'int8': the blocks' matrices in 8 bits, with step='layerwise' to save.
+  # Or 'int8': the blocks' matrices in 8 bits, with step='layerwise' to save; or 'nf4', in 4 bits,
+  # frozen beneath an adapter.
+  c.weights = 'dense'
   c.compute_dtype = 'float32'
   c.remat = 'none'  # What the backward pass recomputes: none, full, dots, ...
   c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
@@ -269,10 +271,16 @@ def _check_step(c: ConfigDict) -> None:
   _look_up('step', c.step, STEPS)
   _look_up('clip_by', c.clip_by, CLIPS)
   _look_up('weights', c.weights, WEIGHTS)
+  _check_restarts(c)
   if c.weights == 'int8' and not c.stochastic_rounding:
     raise ValueError(
       "config.weights='int8' loses every update under half a step of 8 bits when it is rounded to "
       'nearest, which is most of them; set config.stochastic_rounding=True'
+    )
+  if c.weights == 'nf4' and c.adapter.name == 'none':
+    raise ValueError(
+      "config.weights='nf4' holds weights that stay as they are: 16 levels lie too far apart to be "
+      "trained. Train beside them with config.adapter.name='lora', or set config.weights='int8'"
     )
   if not 0 <= c.offload_state <= 1:
     raise ValueError(f'config.offload_state is {c.offload_state}; it is a fraction, in [0, 1]')
@@ -291,6 +299,19 @@ def _check_step(c: ConfigDict) -> None:
     raise ValueError(
       f'config.remat is {c.remat!r}, but the layer-by-layer step keeps the input of a layer and '
       "nothing else, as 'full' does; set config.remat='full', or config.step='whole_tree'"
+    )
+
+
+def _check_restarts(c: ConfigDict) -> None:
+  """A method that changes the optimizer's state needs it whole, on the device."""
+  if not hasattr(adapters.ADAPTERS[c.adapter.name], 'restart'):
+    return
+  apart = [*rotations.ROTATIONS, 'streamed']
+  if c.step in apart or c.offload_state:
+    raise ValueError(
+      f'config.adapter {c.adapter.name!r} restarts the optimizer from time to time, which '
+      f'config.step={c.step!r} with config.offload_state={c.offload_state} does not let it; set '
+      "config.step='whole_tree' or 'layerwise', and config.offload_state=0"
     )
 
 
@@ -323,8 +344,8 @@ def _check_zeroth_order(c: ConfigDict) -> None:
       'it at 0 and lower config.optimizer.learning_rate'
     )
   for field, only in (('weights', 'dense'), ('offload_state', 0.0)):
-    streams_codes = c.step == 'streamed' and field == 'weights'
-    if c[field] != only and not streams_codes:
+    frozen = c.step == 'streamed' or c.adapter.name != 'none'
+    if c[field] != only and not (field == 'weights' and frozen):
       raise ValueError(f'config.step={c.step!r} goes with config.{field}={only!r} alone')
 
 

@@ -61,14 +61,21 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
     path = path_string(path)
     if path in chosen:
       return _adapt(leaf, spec, fold_in_path(key, path))
-    return leaf if spec.rest and re.search(spec.rest, path) else weights.Frozen(leaf)
+    if not (spec.rest and re.search(spec.rest, path)):
+      return weights.Frozen(leaf)
+    if isinstance(leaf, weights.NF4):
+      raise ValueError(
+        f'{path} is held in 4 bits and stays as it is, but rest={spec.rest!r} would train it; '
+        'adapt it with targets, or leave it out of rest'
+      )
+    return leaf
 
   return jax.tree.map_with_path(decide, params, is_leaf=weights.is_weight)
 
 
 def _targets(named, spec) -> set[str]:
   for path, leaf in named.items():
-    if weights.is_weight(leaf) and hasattr(leaf, 'TRAINED'):
+    if weights.is_weight(leaf) and hasattr(leaf, 'TRAINED') and not isinstance(leaf, weights.NF4):
       raise ValueError(
         f'{path} is a {type(leaf).__name__} leaf already; merge or detach what was attached before'
       )

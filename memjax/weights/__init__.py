@@ -8,12 +8,14 @@ from memjax.weights.adapted import Adapted
 from memjax.weights.drawn import Drawn
 from memjax.weights.frozen import Frozen, spread
 from memjax.weights.int8 import Int8, dense, quantise
+from memjax.weights.nf4 import NF4, quantise_nf4
 from memjax.weights.offloaded import Offloaded, offloaded
 from memjax.weights.perturbed import LowRank, Perturbed
 from memjax.weights.trained import replaced, trained
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take, whole
 
 __all__ = [
+  'NF4',
   'Adapted',
   'Drawn',
   'Frozen',
@@ -28,6 +30,7 @@ __all__ = [
   'materialize',
   'offloaded',
   'quantise',
+  'quantise_nf4',
   'replaced',
   'spread',
   'take',
