@@ -25,6 +25,8 @@ from typing import Any
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
+BLOCKS = 'blocks/'  # What paths of stacked leaves begin with.
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:

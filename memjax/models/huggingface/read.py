@@ -19,10 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from memjax import sharding as sharding_lib
 from memjax.models.huggingface import families
 from memjax.models.huggingface.checkpoint import Checkpoint, Tensors, open_folder
-from memjax.models.huggingface.family import Family, Index, Name, Shape
+from memjax.models.huggingface.family import BLOCKS, Family, Index, Name, Shape
 from memjax.naming import nearest, path_string
-
-BLOCKS = 'blocks/'
 
 
 def load(

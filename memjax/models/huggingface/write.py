@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from memjax import weights
 from memjax.models.huggingface import checkpoint, families
-from memjax.models.huggingface.family import Family, Name, Shape
+from memjax.models.huggingface.family import BLOCKS, Family, Name, Shape
 from memjax.naming import path_string
 
 SHARD_BYTES = 5 * 2**30  # As large as files of the Hugging Face hub are.
@@ -122,41 +122,57 @@ def _tensors(family: Family, model: Any, params: dict[str, Any]) -> dict[str, Te
   """Tensors by key, in the order of the layers."""
   given = jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)
   leaves = {path_string(path): leaf for path, leaf in given}
-  names = family.names(model)
-  paths = {name.path for name in names}
-  if wrong := sorted(paths ^ set(leaves)):
-    what = 'has no parameter' if wrong[0] in leaves else 'needs the parameter'
-    raise ValueError(f'the {family.name!r} model {what} {wrong[0]!r}; are these its parameters?')
-  outside = [[name] for name in names if not name.path.startswith('blocks/')]
-  groups = {}
-  for name in names:
-    if name.path.startswith('blocks/'):
-      groups.setdefault(name.key, []).append(name)
-  tensors = {names[0].key: _tensor(names, leaves, None) for names in outside}
+  shapes = _check(family, model, leaves)
+  outside, blocks = {}, {}
+  for name in family.names(model):
+    groups = blocks if name.path.startswith(BLOCKS) else outside
+    groups.setdefault(name.key, []).append(name)
+  tensors = {key: _tensor(names, leaves, shapes, None) for key, names in outside.items()}
   for layer in range(model.layers):
-    for key, names in groups.items():
-      tensors[key.replace('{layer}', str(layer))] = _tensor(names, leaves, layer)
+    for key, names in blocks.items():
+      key = key.replace('{layer}', str(layer))
+      tensors[key] = _tensor(names, leaves, shapes, layer)
   return tensors
 
 
-def _tensor(names: list[Name], leaves: dict[str, Any], layer: int | None) -> Tensor:
+def _check(family: Family, model: Any, leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes of the parameters as arrays, of one layer where they are stacked."""
+  expected = {path_string(p): x.shape for p, x in jax.tree.leaves_with_path(model.abstract())}
+  if wrong := sorted(set(expected) ^ set(leaves)):
+    what = 'has no parameter' if wrong[0] in leaves else 'needs the parameter'
+    raise ValueError(f'the {family.name!r} model {what} {wrong[0]!r}; are these its parameters?')
+  shapes = {}
+  for path, leaf in leaves.items():
+    layer = 0 if path.startswith(BLOCKS) else None
+    take = lambda leaf, layer=layer: weights.materialize(_of_layer(leaf, layer))
+    shapes[path] = found = jax.eval_shape(take, leaf)
+    shape = expected[path] if layer is None else expected[path][1:]
+    if found.shape != shape:
+      raise ValueError(f'{path!r} has shape {found.shape}, but the model makes it {shape}')
+    if found.dtype not in DTYPES:
+      raise ValueError(
+        f'{path!r} is {found.dtype}; parameters are written as {", ".join(map(str, DTYPES))}'
+      )
+  return shapes
+
+
+def _tensor(
+  names: list[Name], leaves: dict[str, Any], shapes: dict[str, Any], layer: int | None
+) -> Tensor:
   """The tensor that several of our leaves lie in, or one."""
   names = sorted(names, key=lambda name: name.rule.start)
-  take = lambda name: _of_layer(leaves[name.path], layer)
+  axis = names[0].rule.axis
 
   def value():
-    parts = [_fetch(take(name)) for name in names]
+    parts = [_fetch(_of_layer(leaves[name.path], layer)) for name in names]
     parts = [part.T if name.rule.transpose else part for name, part in zip(names, parts)]
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=names[0].rule.axis)
-    return np.ascontiguousarray(whole)
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis))
 
-  shapes = [jax.eval_shape(lambda name=name: weights.materialize(take(name))) for name in names]
-  sizes = [name.rule.shape(x.shape) for name, x in zip(names, shapes)]
+  sizes = [name.rule.shape(shapes[name.path].shape) for name in names]
   shape = list(sizes[0])
   if len(names) > 1:
-    axis = names[0].rule.axis
     shape[axis] = sum(size[axis] for size in sizes)
-  return Tensor(tuple(shape), np.dtype(shapes[0].dtype), value)
+  return Tensor(tuple(shape), np.dtype(shapes[names[0].path].dtype), value)
 
 
 @jax.jit
