@@ -111,8 +111,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     schedule=schedule,
     transform=transform,
     state=state,
-    batch=batch_shapes(config.batch_size, config.seq_len, mesh),
-    eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh),
+    batch=batch_shapes(config.batch_size, config.seq_len, mesh, model),
+    eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh, model),
     init=jax.jit(init_placed, out_shardings=shardings),
     # Every leaf stays an argument, also one that the transform only passes on: what the receipt
     # counts is what is alive, and all of it is donated.
@@ -138,7 +138,7 @@ def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
     'params': streams.place(placed, state['params']),
     'opt': jax.tree.map(lambda _: here, state['opt']),
   }
-  batch = batch_shapes(config.batch_size, config.seq_len, mesh)
+  batch = batch_shapes(config.batch_size, config.seq_len, mesh, model)
   step = streamed.make_train_step(model, method, shardings=shardings)
   step = adapters.over_time(step, adapter, root_key(config, 'adapter'))
   flush = streamed.make_flush(method, shardings=shardings)
@@ -227,15 +227,56 @@ def _options(config):
 
 
 def build_model(config: ConfigDict, mesh: Mesh):
-  """Returns the model of a config, its hidden states sharded like the batch."""
+  """Returns the model of a config, its hidden states sharded like the batch.
+
+  Raises:
+    ValueError: for an unknown model or field, or a task that the model cannot do.
+  """
   arguments = dict(
     dtype=jnp.dtype(config.compute_dtype),
     param_dtype=jnp.dtype(config.param_dtype),
     remat=config.remat,
     activations=sharding.batch_sharding(mesh),
-    **config.model_args.to_dict(),
   )
-  return models.create(config.model, **arguments)
+  family = models.PRESETS.get(config.model, (None,))[0]
+  model = models.create(config.model, **arguments, **model_fields(config, family))
+  return for_task(config, model)
+
+
+def model_fields(config: ConfigDict, family: type | None) -> dict:
+  """Returns the fields of a model that a config changes: `model_args`, and an encoder's head."""
+  fields = config.model_args.to_dict()
+  if family is not models.Bert:
+    return fields
+  fields.pop('loss_chunk', None)  # The default's: an encoder has no logits of a vocabulary.
+  if not config.task.name:
+    return fields
+  from memjax import tasks
+
+  return tasks.head_fields(tasks.resolve(config.task)) | fields
+
+
+def for_task(config: ConfigDict, model):
+  """Returns the model with the loss that a config's task asks for.
+
+  Raises:
+    ValueError: when the model cannot do the task, or the step cannot run the model.
+  """
+  encoder = isinstance(model, models.Bert)
+  if encoder and config.step not in ('whole_tree', 'zeroth_order'):
+    raise ValueError(
+      f'config.step={config.step!r} runs decoders layer by layer, and {config.model!r} is an '
+      "encoder; set config.step='whole_tree' or 'zeroth_order'"
+    )
+  if not config.task.name:
+    return model
+  from memjax import tasks
+
+  task = tasks.resolve(config.task)
+  tasks.check_model(task, model, config.seq_len)
+  if config.task.loss == 'tokens' or encoder:
+    return model
+  return tasks.choosing(task, model)
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
@@ -286,15 +327,19 @@ def build_transform(
   return optax.chain(transform, of_layers)
 
 
-def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh) -> dict:
-  """Returns a batch as shapes sharded over the mesh: tokens, targets i32 and weights f32, all [B,
-  T].
+def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh, model=None) -> dict:
+  """Returns a batch as shapes, rows sharded over the mesh: tokens, targets i32 and weights f32, all
+  [B, T], or what `model.batch_shapes` says, if it has its own.
   """
   where = sharding.batch_sharding(mesh)
-  dtypes = {'tokens': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
+  if hasattr(model, 'batch_shapes'):
+    shapes = model.batch_shapes(batch_size, seq_len)
+  else:
+    dtypes = {'tokens': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
+    shape = (batch_size, seq_len)
+    shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
   return {
-    name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=where)
-    for name, dtype in dtypes.items()
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()
   }
 
 

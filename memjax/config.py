@@ -32,6 +32,7 @@ from memjax.steps import rotations, whole_tree
 STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS, *optimizers.ZEROTH_ORDER_STEPS)
 CLIPS = ('global', 'layer')
 WEIGHTS = ('dense', 'int8', 'nf4')
+LOSSES = ('tokens', 'options')
 _OPEN = ('optimizer.', 'adapter.', 'model_args.')  # Fields that another table knows.
 
 # What may differ between runs that share a work directory: nothing here changes what a finished
@@ -46,6 +47,8 @@ MAY_CHANGE = (
   'mesh',
   'cpu_devices',
   'sample',
+  'task.test',
+  'task.test_examples',
 )
 
 
@@ -88,6 +91,7 @@ def default() -> ConfigDict:
   c.data.validation_fraction = 0.02  # Of the documents.
   c.data.max_tokens = 0  # Reads at most so many; 0 reads all.
 
+  c.task = _task()
   c.optimizer = optimizer('adamw', learning_rate=1e-3)
   c.adapter = adapter('none')  # Or 'lora' and its kin: trains factors in place of matrices.
   c.layer_scale = 1.0  # Of the learning rate, for the layers' matrices; embedding and head have 1.
@@ -105,6 +109,27 @@ def default() -> ConfigDict:
   c.cpu_devices = 0  # Virtual devices where there is no accelerator; 0 leaves JAX its choice.
   c.sample = ConfigDict(dict(prompt='def ', tokens=64, temperature=0.8))  # Drawn at the end.
   return c.lock()
+
+
+def _task() -> ConfigDict:
+  """Returns the fields of a labelled task, which takes the place of `data.sources`."""
+  c = ConfigDict()
+  c.name = ''  # A key of memjax.tasks.TASKS, or 'jsonl:FILE' with a template; '' trains on text.
+  # Files (.jsonl, .json, .tsv) or 'tfds:NAME@DIR'; '' is the prepared TensorFlow dataset. Without
+  # `dev`, the development set is drawn from `train` as below, else it is `test`.
+  c.train, c.dev, c.test = '', '', ''
+  c.examples = 0  # Drawn from `train`; 0 takes all.
+  c.dev_examples = 0  # Drawn from `train` after them.
+  c.test_examples = 0  # Drawn from `test`; 0 takes all.
+  c.shots = 0  # Instead of `examples`: so many of each label, and as many to develop on.
+  c.seed = 0  # Of these draws; the published are 0, and 13, 21, 42, 87, 100 for `shots`.
+  c.demonstrations = 0  # Examples shown before every prompt.
+  c.loss = 'tokens'  # Of the right option's tokens; or 'options', of the right among all options.
+  c.prefix = 'auto'  # Tokens before every text: those of the tokenizer, 'none', or a token's id.
+  c.new_tokens = 0  # Most tokens of a generated answer; 0 is the task's own number.
+  # Of memjax.tasks.Task, to change; empty leaves the task's own.
+  c.template, c.answer, c.label, c.words, c.texts, c.metrics = '', '', '', (), (), ()
+  return c
 
 
 def optimizer(name: str, **arguments) -> ConfigDict:
@@ -220,6 +245,7 @@ def validate(c: ConfigDict) -> None:
   _check_named('adapter', c.adapter.to_dict(), adapters.ADAPTERS, adapters.arguments)
   _check_step(c)
   _check_zeroth_order(c)
+  _check_task(c)
   for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
     if getattr(c, field) < 1:
       raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
@@ -312,6 +338,24 @@ def _check_restarts(c: ConfigDict) -> None:
       f'config.adapter {c.adapter.name!r} restarts the optimizer from time to time, which '
       f'config.step={c.step!r} with config.offload_state={c.offload_state} does not let it; set '
       "config.step='whole_tree' or 'layerwise', and config.offload_state=0"
+    )
+
+
+def _check_task(c: ConfigDict) -> None:
+  _look_up('task.loss', c.task.loss, LOSSES)
+  for field in ('examples', 'dev_examples', 'test_examples', 'shots', 'demonstrations'):
+    if c.task[field] < 0:
+      raise ValueError(f'config.task.{field} is {c.task[field]}; it counts examples')
+  if c.task.shots and (c.task.examples or c.task.dev_examples):
+    raise ValueError(
+      f'config.task.shots is {c.task.shots}, which draws as many of each label to train and to '
+      'develop on; set config.task.examples=0 and config.task.dev_examples=0, or shots=0'
+    )
+  if c.task.loss != 'tokens' and (not c.task.name or c.step not in ('whole_tree', 'zeroth_order')):
+    raise ValueError(
+      f'config.task.loss={c.task.loss!r} compares the options of a task, which config.step='
+      f"{c.step!r} does not; set config.task.loss='tokens', or config.step='whole_tree' or "
+      "'zeroth_order'"
     )
 
 

@@ -57,7 +57,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     say = Console(quiet=not primary, highlight=False, soft_wrap=True).print
     say(describe(config, parts, mesh))
     notices = workdir.prepare(directory, config)
-    dataset = load_data(config, parts.model.vocab)
+    dataset = load_data(config, parts.model)
     for notice in notices:
       say(f'[yellow]Resuming with another {escape(notice)}[/]')
     say(banner(dataset))
@@ -89,14 +89,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     def rows(finished, start, stop):  # Of the batch after so many finished updates.
       return dataset.train.rows(finished, config.batch_size, start, stop, config.seed)
 
-    validate = functools.partial(
-      evaluate,
-      parts.eval_step,
-      split=dataset.validation,
-      batch=parts.eval_batch,
-      max_tokens=config.eval_tokens,
-      stop=preemption.requested,
-    )
+    validate = validator(config, parts, dataset, stop=preemption.requested)
     evaluated = read_evaluation(directory, first)
 
     def evaluate_if_due(finished, state):
@@ -105,11 +98,11 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       if not due or finished in evaluated:
         return
       with progress.pause():
-        values = validate(params=state['params'])
+        values = validate(state['params'])
       if values is not None:  # Else given up to stop in time: the resumed run begins with it.
         evaluated[finished] = values
         writer.write(finished, values)
-        progress.say(f'step {finished}  validation loss {values["eval/loss"]:.4f}')
+        progress.say(f'step {finished}  {describe_evaluation(values)}')
 
     def settled(finished, state):
       """The state as it is, or as those who read its parameters now must have it."""
@@ -155,6 +148,29 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       if primary:
         (directory / 'sample.txt').write_text(text + '\n')
     return {'step': finished, 'state': state, **evaluated.get(finished, {})}
+
+
+def validator(config: ConfigDict, parts: build_lib.Parts, dataset, stop):
+  """Returns `validate(params) -> values`: the loss and, of a task, its scores; None when `stop`
+  asked for it.
+  """
+  batch = parts.eval_batch
+  arguments = dict(split=dataset.validation, batch=batch, max_tokens=config.eval_tokens, stop=stop)
+  loss = functools.partial(evaluate, parts.eval_step, **arguments)
+  if not config.task.name:
+    return lambda params: loss(params=params)
+  from memjax import tasks
+
+  def validate(params):
+    values = loss(params=params)
+    size = batch['tokens'].shape[0]
+    split = dataset.validation
+    measured = tasks.measure(parts.model, parts.view(params), dataset.task, split, size, stop=stop)
+    if values is None or measured is None:
+      return None
+    return values | {f'eval/{name}': value for name, value in measured.items()}
+
+  return validate
 
 
 def read_evaluation(directory: pathlib.Path, step: int) -> dict[int, dict]:
@@ -220,23 +236,36 @@ def banner(dataset) -> str:
   lines = [f'[bold yellow]Missing data:[/] {escape(sentence)}' for sentence in dataset.missing]
   if lines:
     lines.append(f'[bold yellow]Training on {escape(dataset.source)} instead[/]; see data.json')
+  train, validation, unit = dataset.counts()
   lines.append(
-    f'Data {escape(dataset.source)}: {dataset.train.num_tokens:,} tokens to train on, '
-    f'{dataset.validation.num_tokens:,} to validate on, vocabulary {dataset.tokenizer.vocab_size:,}'
+    f'Data {escape(dataset.source)}: {train:,} {unit} to train on, {validation:,} to validate on, '
+    f'vocabulary {dataset.tokenizer.vocab_size:,}'
   )
   return '\n'.join(lines)
 
 
-def load_data(config: ConfigDict, vocab_size: int):
-  """Returns the dataset of a config; see `memjax.data.load`."""
+def describe_evaluation(values: dict) -> str:
+  """Returns the validation loss and the scores of a line of metrics."""
+  scores = [k for k in values if k not in ('step', 'eval/loss', 'eval/perplexity', 'eval/tokens')]
+  said = [f'{name.partition("/")[2]} {values[name]:.4f}' for name in scores]
+  return ', '.join([f'validation loss {values["eval/loss"]:.4f}', *said])
+
+
+def load_data(config: ConfigDict, model):
+  """Returns the dataset of a config; see `memjax.data.load` and `memjax.tasks.load`."""
   from memjax import data  # Libraries for text are loaded by those who train on it.
 
   cache = config.data.cache_dir or config_lib.user_cache()
+  if config.task.name:
+    from memjax import tasks
+
+    arguments = dict(vocab_size=model.vocab, cache_dir=cache)
+    return tasks.load(config.task, model, config.data.tokenizer, config.seq_len, **arguments)
   return data.load(
     config.data.sources,
     config.data.tokenizer,
     config.seq_len,
-    vocab_size=vocab_size,
+    vocab_size=model.vocab,
     cache_dir=cache,
     seed=config.seed,
     validation_fraction=config.data.validation_fraction,

@@ -34,11 +34,12 @@ def record(directory: pathlib.Path, config: ConfigDict, dataset) -> None:
     ValueError: when another source answers now, because resuming would train on other text.
   """
   file = directory / 'data.json'
+  train, validation, unit = dataset.counts()
   found = {
     'source': dataset.source,
     'missing': list(dataset.missing),
-    'train_tokens': dataset.train.num_tokens,
-    'validation_tokens': dataset.validation.num_tokens,
+    f'train_{unit}': train,
+    f'validation_{unit}': validation,
     'vocabulary': dataset.tokenizer.vocab_size,
   }
   if file.exists():

@@ -28,6 +28,10 @@ class Dataset:
   source: str
   missing: tuple[str, ...]
 
+  def counts(self) -> tuple[int, int, str]:
+    """Returns how much there is to train and to validate on, and of what."""
+    return self.train.num_tokens, self.validation.num_tokens, 'tokens'
+
 
 def load(
   sources,

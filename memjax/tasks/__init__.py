@@ -10,6 +10,15 @@ Does this mean that "Rome stands." is true? Yes or No?
 No
 """
 
+from memjax.tasks.evaluation import measure, predict
+from memjax.tasks.loading import (
+  TaskData,
+  check_model,
+  choosing,
+  head_fields,
+  load,
+  resolve,
+)
 from memjax.tasks.metrics import METRICS
 from memjax.tasks.rows import read
 from memjax.tasks.sampling import K_SHOT_SEEDS
@@ -22,7 +31,15 @@ __all__ = [
   'TASKS',
   'Example',
   'Task',
+  'TaskData',
+  'check_model',
+  'choosing',
   'example',
   'find',
+  'head_fields',
+  'load',
+  'measure',
+  'predict',
   'read',
+  'resolve',
 ]

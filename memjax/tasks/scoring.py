@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from memjax.models.cross_entropy import cross_entropy
 from memjax.tasks import prompts
@@ -43,7 +45,16 @@ def log_likelihood(
   targets = jnp.take_along_axis(batch['targets'], places, axis=1)
   weights = jnp.take_along_axis(batch['weights'], places, axis=1) * counted
   losses = cross_entropy(model.head_logits(params, x), targets)
-  return -jnp.sum(weights * losses, axis=1), jnp.sum(weights, axis=1)
+  return everywhere(model, (-jnp.sum(weights * losses, axis=1), jnp.sum(weights, axis=1)))
+
+
+def everywhere(model: Any, values: Any) -> Any:
+  """Returns small values on every device of the mesh that the model's activations are spread over,
+  so that each process can read all of them.
+  """
+  if model.activations is None:
+    return values
+  return jax.lax.with_sharding_constraint(values, NamedSharding(model.activations.mesh, P()))
 
 
 def option_scores(

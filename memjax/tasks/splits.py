@@ -12,6 +12,7 @@ from memjax.data import order
 from memjax.data.packing import check_rows
 from memjax.data.tokenizers import Tokenizer
 from memjax.tasks import prompts
+from memjax.tasks.options import OPTION_TOKENS
 from memjax.tasks.task import Example
 
 
@@ -75,7 +76,31 @@ class Prompted(Examples):
 
   def batch(self, examples):
     rows = [self.prompter.row(e, e.right[0]) if e else None for e in examples]
-    return prompts.pad(rows, self.seq_len)
+    return prompts.pad(rows, self.seq_len) | {'source': self.source_rows(examples)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Optioned(Prompted):
+  """For decoders trained as classifiers: every option of every example.
+
+  Batches are as `memjax.tasks.options.Choosing.batch_shapes` says.
+  """
+
+  def batch(self, examples):
+    count = len(self.prompter.task.words)
+    options = [[self.prompter.row(e, i) if e else None for i in range(count)] for e in examples]
+    rows = prompts.pad([row for rows in options for row in rows], self.seq_len)
+    longest = max((row.option for rows in options for row in rows if row), default=0)
+    if longest > OPTION_TOKENS:
+      raise ValueError(
+        f'task {self.prompter.task.name!r} has an option of {longest} tokens, but the loss over '
+        f"options reads {OPTION_TOKENS}; set config.task.loss='tokens'"
+      )
+    shaped = {k: v.reshape(len(examples), count, self.seq_len) for k, v in rows.items()}
+    return shaped | {
+      'labels': np.array([e.right[0] if e else 0 for e in examples], np.int32),
+      'rows': np.array([e is not None for e in examples], np.float32),
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
