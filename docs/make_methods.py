@@ -123,6 +123,15 @@ METHODS = {
     "for sparse gradients such as embeddings'",
     "optax's always allocates a momentum of `m n`.",
   ),
+  'vector_adam': Method(
+    'Adam with a count a vector',
+    'https://arxiv.org/abs/2406.06564',
+    '`2 m n`; of factors of an adapted matrix `2 r (m + n) + 2 r`',
+    'nothing',
+    'where factors begin anew, all at once or vector by vector: ReLoRA, SwitchLoRA, RSO',
+    'SwitchLoRA counts updates of a vector that is frozen, so that its first is half as large: '
+    '`hold=False`.',
+  ),
   'galore': Method(
     'GaLore',
     'https://arxiv.org/abs/2403.03507',

@@ -66,11 +66,11 @@ from memjax.transforms import scale_by_muon as scale_by_muon
 from memjax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memjax.transforms import scale_by_q_galore as scale_by_q_galore
 from memjax.transforms import scale_by_sm3 as scale_by_sm3
+from memjax.transforms import scale_by_vector_adam as scale_by_vector_adam
 from memjax.transforms import sm3 as sm3
 from memjax.transforms import subspace_iteration as subspace_iteration
 from memjax.transforms import svd as svd
 from memjax.transforms import transformer_blocks as transformer_blocks
-from memjax.transforms import scale_by_vector_adam as scale_by_vector_adam
 from memjax.transforms import vector_adam as vector_adam
 from memjax.version import __version__ as __version__
 

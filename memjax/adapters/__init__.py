@@ -11,11 +11,13 @@ from memjax.adapters.lora import LoRA
 from memjax.adapters.merge import detach, fold, merge
 from memjax.adapters.noise import at_rest
 from memjax.adapters.over_time import over_time
+from memjax.adapters.rso import RSO
 from memjax.weights import replaced
 from memjax.weights import trained as trainable
 
 __all__ = [
   'ADAPTERS',
+  'RSO',
   'LoRA',
   'Spec',
   'arguments',
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 # Name in a config -> specification; 'none' is none.
-ADAPTERS = {'none': None, 'lora': LoRA}
+ADAPTERS = {'none': None, 'lora': LoRA, 'rso': RSO}
 
 
 def arguments(name: str) -> dict:

@@ -9,7 +9,7 @@ themselves.
 
 import inspect
 
-from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd
+from memjax.optimizers.dense import adam_mini, adamw, lion, muon, sgd, vector_adam
 from memjax.optimizers.factored import adafactor, adalomo, came, galore_adafactor, sm3
 from memjax.optimizers.low_rank import BASES, apollo, apollo_mini, fira, galore, golore, q_galore
 from memjax.optimizers.masks import is_target
@@ -67,6 +67,7 @@ OPTIMIZERS = {
   'q_galore8bit': q_galore8bit,
   'sgd': sgd,
   'sm3': sm3,
+  'vector_adam': vector_adam,
 }
 
 # Those that take values of the loss in place of a gradient, in the steps that give them values.

@@ -66,6 +66,13 @@ def muon(
   )
 
 
+def vector_adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8, hold=True, weight_decay=0.0, eta=0.0):
+  """Adam with a count of updates for each vector of a low-rank factor; see `memjax.vector_adam`."""
+  return transforms.vector_adam(
+    learning_rate, b1, b2, eps, hold=hold, weight_decay=weight_decay, mask=decays, eta=eta
+  )
+
+
 def sgd(learning_rate, momentum=0.0):
   """Gradient descent, with momentum if it is above zero."""
   return in_float32(optax.sgd(learning_rate, momentum=momentum or None))

@@ -54,3 +54,5 @@ from memjax.transforms.storage import packed as packed
 from memjax.transforms.subspace import project_gradient as project_gradient
 from memjax.transforms.subspace import refresh_subspace as refresh_subspace
 from memjax.transforms.targets import default_targets as default_targets
+from memjax.transforms.vector_adam import scale_by_vector_adam as scale_by_vector_adam
+from memjax.transforms.vector_adam import vector_adam as vector_adam
