@@ -1,7 +1,7 @@
 """CoLM: trains on the examples of a large batch that stand for all of it.
 
-Shapes in this file: a pool of `B` examples from `S` sources; features of an example have `d`
-numbers, those of a matrix `[m, n]` of the last block; `h` of them are compared, `K` examples chosen.
+Shapes in this file: of a pool of `B` examples from `S` sources, `K` are chosen. Features of an
+example are `d` numbers, one for each of a matrix of the last block; `h` of them are compared.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def colm(
 
   Memory beside that of a step on K rows: `2 d + S` numbers of state; while it chooses, `2 B d`
   numbers, what a forward pass of `B / parts` sequences takes, and the backward pass of one block.
-  Communicates, under a mesh, a mean over each source `[S, d]` and the compared coordinates `[B, h]`.
+  Communicates, under a mesh, a sum over each source, `S d` numbers, and what is compared, `B h`.
 
   Args:
     model: As `memjax.models.Llama`.

@@ -102,9 +102,7 @@ def test_more_directions_know_more():
 
 
 def test_a_leaf_that_is_not_there_is_refused():
-  with pytest.raises(
-    ValueError, match="no leaf 'attn/w/kernel'; the nearest is 'attn/[a-z]/kernel'"
-  ):
+  with pytest.raises(ValueError, match=r"no leaf 'attn/w/kernel'; the nearest is 'attn/\w/kernel'"):
     per_example.gradients(MODEL, plain(), BATCH, leaf='attn/w/kernel')
   with pytest.raises(ValueError, match='directions is 0'):
     per_example.estimates(MODEL, plain(), BATCH, root=KEY, draw=0, directions=0)
