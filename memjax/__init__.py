@@ -41,6 +41,7 @@ from memjax.transforms import galore as galore
 from memjax.transforms import galore_adafactor as galore_adafactor
 from memjax.transforms import golore as golore
 from memjax.transforms import keep_master as keep_master
+from memjax.transforms import keep_remainder as keep_remainder
 from memjax.transforms import lazy as lazy
 from memjax.transforms import limit_norm_growth as limit_norm_growth
 from memjax.transforms import muon as muon
@@ -75,6 +76,7 @@ from memjax.transforms import vector_adam as vector_adam
 from memjax.version import __version__ as __version__
 
 _SUBMODULES = (
+  'adapters',
   'build',
   'checkpoint',
   'compat',

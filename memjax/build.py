@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from memjax import adapters, models, optimizers, schedules, sharding, weights
+from memjax import adapters, models, optimizers, schedules, sharding, transforms, weights
 from memjax import config as config_lib
 from memjax.estimators import noise
 from memjax.estimators.spsa import dense
@@ -178,7 +178,7 @@ def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Metho
     build_transform(config, schedule),
     dense(family, o['seed']),
     o['eps'],
-    rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
+    rounding_key=_rounding_key(config),
   )
 
 
@@ -217,12 +217,16 @@ def _store(config):
   return stores.get(config.weights, lambda matrix: matrix)
 
 
+def _rounding_key(config):
+  return root_key(config, 'rounding') if config.rounding == 'stochastic' else None
+
+
 def _options(config):
   return dict(
     accumulate=config.accumulate,
     clip_norm=config.clip_norm or None,
     clip_by=config.clip_by,
-    rounding_key=root_key(config, 'rounding') if config.stochastic_rounding else None,
+    rounding_key=_rounding_key(config),
   )
 
 
@@ -281,11 +285,16 @@ def for_task(config: ConfigDict, model):
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
   """Returns the learning rate of a config as a function of the count of finished updates."""
-  return schedules.SCHEDULES[config.schedule.name](
+  s = config.schedule
+  schedule = schedules.SCHEDULES[s.name]
+  taken = inspect.signature(schedule).parameters
+  restarts = ('restart_every', 'restart_warmup', 'adjust_step')
+  return schedule(
     config.optimizer.learning_rate,
     steps=config.steps,
-    warmup_steps=int(config.schedule.warmup_ratio * config.steps),
-    final_ratio=config.schedule.final_ratio,
+    warmup_steps=int(s.warmup_ratio * config.steps),
+    final_ratio=s.final_ratio,
+    **{field: s[field] for field in restarts if field in taken},
   )
 
 
@@ -321,6 +330,12 @@ def build_transform(
   taken = inspect.signature(factory).parameters
   arguments |= {k: v for k, v in given.items() if k in taken}
   transform = factory(**arguments | {'learning_rate': learning_rate})
+  transform = _scale_layers(config, transform)
+  kept = {'master': transforms.keep_master, 'remainder': transforms.keep_remainder}
+  return kept[config.rounding](transform) if config.rounding in kept else transform
+
+
+def _scale_layers(config, transform):
   if config.layer_scale == 1:
     return transform
   of_layers = optax.masked(optax.scale(config.layer_scale), optimizers.is_target)

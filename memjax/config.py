@@ -31,6 +31,7 @@ from memjax.steps import rotations, whole_tree
 
 STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS, *optimizers.ZEROTH_ORDER_STEPS)
 CLIPS = ('global', 'layer')
+ROUNDINGS = ('stochastic', 'nearest', 'master', 'remainder')
 WEIGHTS = ('dense', 'int8', 'nf4')
 LOSSES = ('tokens', 'options')
 _OPEN = ('optimizer.', 'adapter.', 'model_args.')  # Fields that another table knows.
@@ -65,7 +66,9 @@ def default() -> ConfigDict:
   c.weights = 'dense'
   c.compute_dtype = 'float32'
   c.remat = 'none'  # What the backward pass recomputes: none, full, dots, ...
-  c.stochastic_rounding = True  # Of bfloat16 weights when an update is added; float32 needs none.
+  # Of bfloat16 weights when an update is added: 'stochastic' keeps its mean and takes no memory;
+  # 'master' adds to an f32 copy, 'remainder' keeps in 2 bytes what rounding took; or 'nearest'.
+  c.rounding = 'stochastic'
 
   # Or 'layerwise': one layer's gradient at a time, rematerialised in full; or 'hift', 'badam' or
   # 'lisa', where groups of layers take turns; or 'zeroth_order', forward passes only, with an
@@ -98,6 +101,8 @@ def default() -> ConfigDict:
   c.schedule = ConfigDict(
     dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
   )  # Of `steps`; of the peak.
+  # Of schedules that restart, in updates: between restarts, of a later warm-up, done elsewhere.
+  c.schedule.update(dict(restart_every=0, restart_warmup=100, adjust_step=0))
   c.clip_norm = 0.0  # Largest norm of the gradient; 0 does not clip.
   c.clip_by = 'global'  # The norm of all gradients together; or 'layer', of each layer's.
 
@@ -298,10 +303,11 @@ def _check_step(c: ConfigDict) -> None:
   _look_up('clip_by', c.clip_by, CLIPS)
   _look_up('weights', c.weights, WEIGHTS)
   _check_restarts(c)
-  if c.weights == 'int8' and not c.stochastic_rounding:
+  _look_up('rounding', c.rounding, ROUNDINGS)
+  if c.weights == 'int8' and c.rounding != 'stochastic':
     raise ValueError(
       "config.weights='int8' loses every update under half a step of 8 bits when it is rounded to "
-      'nearest, which is most of them; set config.stochastic_rounding=True'
+      "nearest, which is most of them; set config.rounding='stochastic'"
     )
   if c.weights == 'nf4' and c.adapter.name == 'none':
     raise ValueError(

@@ -37,6 +37,7 @@ from memjax.transforms.lifts import residual as residual
 from memjax.transforms.limiter import limit_norm_growth as limit_norm_growth
 from memjax.transforms.master import KeepMasterState as KeepMasterState
 from memjax.transforms.master import keep_master as keep_master
+from memjax.transforms.remainder import keep_remainder as keep_remainder
 from memjax.transforms.muon import muon as muon
 from memjax.transforms.muon import scale_by_muon as scale_by_muon
 from memjax.transforms.project import ProjectState as ProjectState

@@ -84,3 +84,23 @@ def test_configs_that_contradict_themselves(changes, message):
       c.optimizer = changes['optimizer']
   with pytest.raises(ValueError, match=message):
     build.build(c, sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize('rounding', [pytest.param('master', marks=pytest.mark.slow), 'remainder'])
+def test_what_16_bits_lose_of_an_update_is_kept(rounding):
+  optimizer = dict(name='mezo', learning_rate=1e-5, eps=0.1, noise='rademacher')
+  c = small_config(optimizer, param_dtype='bfloat16', rounding=rounding)
+  parts = build.build(c, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+  state = parts.init(build.root_key(c, 'params'))
+  kernel = lambda tree: np.asarray(tree['blocks']['mlp']['up']['kernel'], np.float32)
+  start = kernel(state['params'])
+  for i in range(2):
+    tokens = np.random.default_rng(i).integers(0, 64, (8, 9), np.int32)
+    rows = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': np.ones((8, 8), 'f')}
+    read = lambda start, stop, rows=rows: {k: v[start:stop] for k, v in rows.items()}
+    state, _ = parts.step(state, place(read, parts.batch))
+  kept, now = kernel(getattr(state['opt'], rounding)), kernel(state['params'])
+  exact = kept if rounding == 'master' else now + kept
+  # Nearly every weight has moved, and nearly none by as much as 16 bits show.
+  assert np.mean(exact != start) > 0.9
+  assert np.mean(now != start) < 0.1
