@@ -3,6 +3,7 @@
 The same command resumes. `:smoke` after the file name runs it in seconds on a CPU, and
 `--config.field=value` changes a field. On a pod, start the same command with `--distributed` on
 every host. `--plan=v5e:2x2` only says what the step needs there; `python -m memjax.plan` says more.
+`--evaluate=FOLDER` measures a run, or pretrained weights, on the test split of the config's task.
 """
 
 import os
@@ -17,7 +18,7 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from memjax import command, plan  # noqa: E402
+from memjax import command, plan, tasks  # noqa: E402
 from memjax.config import run_name  # noqa: E402
 from memjax.plan.receipt import show  # noqa: E402
 from memjax.train import train  # noqa: E402
@@ -25,6 +26,7 @@ from memjax.train import train  # noqa: E402
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
 WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run writes; default runs/<config>.')
 PLAN = flags.DEFINE_multi_string('plan', [], 'Say what this device would need, and do not train.')
+EVALUATE = flags.DEFINE_string('evaluate', '', 'Measure this run or checkpoint, and do not train.')
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other hosts of a pod or cluster.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; default: found.')
 PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes; default: found.')
@@ -35,20 +37,24 @@ TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where a refused input wa
 def main():
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # Checkpointing tells every step it takes at INFO.
-  config, file = CONFIG.value, command.config_file()
+  config = CONFIG.value
   if PLAN.value:
-    show(plan.plan(config, PLAN.value), f'Memory of one training step of {run_name(file)}')
+    title = f'Memory of one training step of {run_name(command.config_file())}'
+    show(plan.plan(config, PLAN.value), title)
     return
-  workdir = WORKDIR.value or os.path.join('runs', run_name(file))
   if DISTRIBUTED.value or COORDINATOR.value:
-    if config.cpu_devices:  # Many processes on a machine without an accelerator.
+    if config and config.cpu_devices:  # Many processes on a machine without an accelerator.
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  train(config, workdir)
+  if EVALUATE.value:
+    report = tasks.evaluate_folder(EVALUATE.value, config=config, directory=WORKDIR.value or None)
+    print(tasks.show(report))
+    return
+  train(config, WORKDIR.value or os.path.join('runs', run_name(command.config_file())))
 
 
 if __name__ == '__main__':
   app.run(
     lambda argv: command.run('run.py', main, TRACEBACK.value),
-    flags_parser=command.parser('run.py', CONFIG),
+    flags_parser=command.parser('run.py', CONFIG, lambda: bool(EVALUATE.value)),
   )

@@ -1,7 +1,13 @@
-"""Validation loss: summed over tokens in f32, divided once."""
+"""Validation loss: summed over tokens in f32, divided once.
+
+The module is also the function that measures what is on disk: `memjax.evaluate('runs/glue')` is
+`memjax.tasks.evaluate_folder`.
+"""
 
 import functools
 import math
+import sys
+import types
 
 import jax
 
@@ -22,7 +28,7 @@ def evaluate(eval_step, params, split, batch, *, max_tokens=0, stop=lambda: Fals
   Returns:
     `eval/loss` (nats a token), `eval/perplexity`, `eval/tokens`; None when given up.
   """
-  batch_size, seq_len = batch['tokens'].shape
+  batch_size, seq_len = batch['tokens'].shape[0], batch['tokens'].shape[-1]
   batches = split.eval_batches(batch_size)
   if max_tokens:
     batches = min(batches, math.ceil(max_tokens / (batch_size * seq_len)))
@@ -56,3 +62,15 @@ def place(rows, shapes: dict) -> dict:
     return jax.make_array_from_callback(shape.shape, shape.sharding, local)
 
   return {name: read(name, shape) for name, shape in shapes.items()}
+
+
+class _CallableModule(types.ModuleType):
+  """A module that is called like a function, as `memjax.plan` is."""
+
+  def __call__(self, folder, tasks=None, **options):
+    from memjax.tasks.report import evaluate_folder
+
+    return evaluate_folder(folder, tasks, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -20,6 +20,7 @@ from memjax.tasks.loading import (
   resolve,
 )
 from memjax.tasks.metrics import METRICS
+from memjax.tasks.report import evaluate_folder, show
 from memjax.tasks.rows import read
 from memjax.tasks.sampling import K_SHOT_SEEDS
 from memjax.tasks.tables import TASKS, find
@@ -34,6 +35,7 @@ __all__ = [
   'TaskData',
   'check_model',
   'choosing',
+  'evaluate_folder',
   'example',
   'find',
   'head_fields',
@@ -42,4 +44,5 @@ __all__ = [
   'predict',
   'read',
   'resolve',
+  'show',
 ]

@@ -47,26 +47,26 @@ class Choosing:
 
     Args:
       params: Parameters of the decoder.
-      batch: As `batch_shapes` says; `weights` are 1 at the tokens of options, `rows` 0 for examples
-        that fill the batch up.
+      batch: As `batch_shapes` says.
     """
-    rows = {k: batch[k].reshape(-1, batch[k].shape[2]) for k in ('tokens', 'targets', 'weights')}
+    rows = {k: batch[k].reshape(-1, batch[k].shape[2]) for k in ('tokens', 'targets', 'places')}
+    rows['weights'] = rows.pop('places')
     width = min(OPTION_TOKENS, rows['tokens'].shape[1])
     total, count = log_likelihood(self.decoder, params, rows, width)
     scores = total / jnp.maximum(count, 1) if self.lengths else total
     losses = cross_entropy(scores.reshape(-1, 1, self.options), batch['labels'][:, None])[:, 0]
-    return jnp.sum(losses * batch['rows']), jnp.sum(batch['rows'])
+    return jnp.sum(losses * batch['weights']), jnp.sum(batch['weights'])
 
   def batch_shapes(self, batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns a batch as shapes: `tokens`, `targets` i32[B, K, T], `weights` f32[B, K, T], `labels`
-    i32[B] and `rows` f32[B].
+    """Returns a batch as shapes: `tokens`, `targets` i32[B, K, T]; `places` f32[B, K, T], 1 at the
+    tokens of options; `labels` i32[B]; `weights` f32[B], 0 for examples that fill the batch up.
     """
     shape = (batch, self.options, length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     return {
       'tokens': tokens,
       'targets': tokens,
-      'weights': jax.ShapeDtypeStruct(shape, jnp.float32),
+      'places': jax.ShapeDtypeStruct(shape, jnp.float32),
       'labels': jax.ShapeDtypeStruct((batch,), jnp.int32),
-      'rows': jax.ShapeDtypeStruct((batch,), jnp.float32),
+      'weights': jax.ShapeDtypeStruct((batch,), jnp.float32),
     }

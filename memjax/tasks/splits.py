@@ -97,9 +97,12 @@ class Optioned(Prompted):
         f"options reads {OPTION_TOKENS}; set config.task.loss='tokens'"
       )
     shaped = {k: v.reshape(len(examples), count, self.seq_len) for k, v in rows.items()}
-    return shaped | {
+    return {
+      'tokens': shaped['tokens'],
+      'targets': shaped['targets'],
+      'places': shaped['weights'],
       'labels': np.array([e.right[0] if e else 0 for e in examples], np.int32),
-      'rows': np.array([e is not None for e in examples], np.float32),
+      'weights': np.array([e is not None for e in examples], np.float32),
     }
 
 

@@ -1,0 +1,148 @@
+"""Measuring what is on disk: a run's newest checkpoint, or a folder of pretrained weights."""
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from memjax import build, checkpoint, sharding, workdir
+from memjax import config as config_lib
+from memjax.models import huggingface
+from memjax.tasks import loading
+from memjax.tasks.evaluation import measure
+
+FILE = 'evaluation.json'
+
+
+def evaluate_folder(
+  folder: str | pathlib.Path,
+  tasks: dict[str, dict] | None = None,
+  *,
+  config: ConfigDict | None = None,
+  directory: str | pathlib.Path | None = None,
+  devices=None,
+) -> dict[str, Any]:
+  """Measures a trained or pretrained model on the test splits of tasks.
+
+  Args:
+    folder: Work directory of a run, or what `memjax.models.load` reads.
+    tasks: Name -> fields of `config.task` to set, such as `{'rte': {'test': 'rte.jsonl'}}`; default
+      the task of `config`, else that of the run.
+    config: Its `task` fields, `batch_size` and `seq_len` are used, and for a pretrained model all
+      that describes one; needed there, else default what the run was made with.
+    directory: Where the results are written; default `folder` if it is a run, else nowhere.
+    devices: Devices of the mesh; default all.
+
+  Returns:
+    `folder`, `model`, `step` (None of a pretrained model) and `tasks`: for each its scores, the
+    number of `examples`, and the `file` they are from. The same is in `evaluation.json`.
+
+  Raises:
+    ValueError: for a folder without a checkpoint, or whatever is wrong with a config or a task.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  is_run = (folder / 'checkpoints').is_dir()
+  if is_run:
+    config = _config_of_run(folder, config)
+  elif config is None:
+    raise ValueError(
+      f'{folder}: not the work directory of a run; to measure pretrained weights, say on what with '
+      '--config=configs/glue.py:task=sst2'
+    )
+  if tasks is None:
+    tasks = {config.task.name: {}}
+  if not all(tasks):
+    raise ValueError(
+      'there is no task to measure on: the config trains on text; name one, as in '
+      '--config=configs/glue.py:task=sst2'
+    )
+  mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
+  read = _read_run if is_run else _read_pretrained
+  model, params, step = read(folder, config, mesh)
+  results = {}
+  for name, changes in tasks.items():
+    fields = _fields(config, name, changes)
+    results[name] = _measured(fields, config, folder, model, params)
+  report = {'folder': str(folder), 'model': config.model, 'step': step, 'tasks': results}
+  directory = folder if directory is None and is_run else directory
+  if directory is not None:
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    workdir.write_json(pathlib.Path(directory) / FILE, report)
+  return report
+
+
+def _config_of_run(folder, given):
+  """The run's own config, with the task and the batches of the one given."""
+  file = folder / 'config.json'
+  if not file.is_file():
+    raise ValueError(f'{folder}: has checkpoints but no config.json, which says of what')
+  config = ConfigDict(_merged(config_lib.default().to_dict(), json.loads(file.read_text())))
+  if given is not None:
+    config.task, config.batch_size = given.task, given.batch_size
+    config.seq_len, config.accumulate = given.seq_len, given.accumulate
+  return config
+
+
+def _merged(default, given):
+  """A field that is younger than the run has its default."""
+  if not isinstance(default, dict) or not isinstance(given, dict):
+    return given
+  merged = {k: _merged(v, given[k]) if k in given else v for k, v in default.items()}
+  return merged | {k: v for k, v in given.items() if k not in default}
+
+
+def _read_run(folder, config, mesh):
+  parts = build.build(config, mesh)
+  intervals = {k: v or None for k, v in config.checkpoint.to_dict().items()}
+  with checkpoint.Checkpoints(folder / 'checkpoints', **intervals) as checkpoints:
+    restored = checkpoints.restore(parts.state)
+  if restored is None:
+    raise ValueError(f'{folder}: no checkpoint yet; train first')
+  state = parts.flush(restored.state)
+  return parts.model, parts.view(state['params']), restored.step
+
+
+def _read_pretrained(folder, config, mesh):
+  fields = build.model_fields(config, type(huggingface.describe(folder)))
+  fields['param_dtype'] = config.param_dtype
+  fields['activations'] = sharding.batch_sharding(mesh)
+  return *huggingface.load(folder, config.compute_dtype, mesh=mesh, **fields), None
+
+
+def _fields(config, name, changes):
+  fields = ConfigDict(config.task.to_dict()).unlock()
+  if name != fields.name:
+    # Of another task nothing carries over: neither its files nor its words.
+    fields = ConfigDict(config_lib.default().task.to_dict()).unlock()
+  fields.update({'name': name, **changes})
+  if fields.test and not fields.train and not fields.name.startswith('jsonl:'):
+    fields.train = fields.test  # Nothing is trained, and nothing is shown without `train`.
+    if fields.demonstrations:
+      raise ValueError('config.task.demonstrations are drawn from config.task.train; name it')
+  return fields
+
+
+def _measured(fields, config, folder, model, params):
+  from memjax.train import load_data
+
+  config = ConfigDict(config.to_dict()).unlock()
+  config.task = fields
+  own = folder / 'tokenizer.json'
+  if config.data.tokenizer == 'bpe' and own.is_file():
+    config.data.tokenizer = str(own)
+  data = load_data(config, model)
+  scores = measure(model, params, data.task, data.test, config.batch_size)
+  file = loading.files(data.task, fields)[1] or fields.dev or data.source
+  return {**scores, 'examples': len(data.test), 'file': file}
+
+
+def show(report: dict[str, Any]) -> str:
+  """Returns the results as lines of text."""
+  at = '' if report['step'] is None else f', step {report["step"]}'
+  lines = [f'{report["folder"]} ({report["model"]}{at})']
+  for name, scores in report['tasks'].items():
+    numbers = {k: v for k, v in scores.items() if k not in ('examples', 'file')}
+    said = ', '.join(f'{metric} {value:.4f}' for metric, value in numbers.items())
+    lines.append(f'  {name}: {said} on {scores["examples"]:,} examples of {scores["file"]}')
+  return '\n'.join(lines)
