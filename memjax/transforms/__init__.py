@@ -37,7 +37,6 @@ from memjax.transforms.lifts import residual as residual
 from memjax.transforms.limiter import limit_norm_growth as limit_norm_growth
 from memjax.transforms.master import KeepMasterState as KeepMasterState
 from memjax.transforms.master import keep_master as keep_master
-from memjax.transforms.remainder import keep_remainder as keep_remainder
 from memjax.transforms.muon import muon as muon
 from memjax.transforms.muon import scale_by_muon as scale_by_muon
 from memjax.transforms.project import ProjectState as ProjectState
@@ -46,6 +45,7 @@ from memjax.transforms.q_galore import q_galore as q_galore
 from memjax.transforms.q_galore import scale_by_q_galore as scale_by_q_galore
 from memjax.transforms.quantize_state import QuantizeState as QuantizeState
 from memjax.transforms.quantize_state import quantize_state as quantize_state
+from memjax.transforms.remainder import keep_remainder as keep_remainder
 from memjax.transforms.round_state import RoundState as RoundState
 from memjax.transforms.round_state import round_state as round_state
 from memjax.transforms.rounding import apply_updates as apply_updates

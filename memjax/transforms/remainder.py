@@ -66,8 +66,8 @@ def keep_remainder(inner: optax.GradientTransformation) -> optax.GradientTransfo
       return rounded - wide, (total - rounded).astype(jnp.bfloat16)
 
     pairs = jax.tree.map(add, params, state.remainder, updates)
-    first, second = (jax.tree.map(lambda _, pair: pair[i], params, pairs) for i in (0, 1))
-    return first, KeepRemainderState(second, after)
+    part = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs)
+    return part(0), KeepRemainderState(part(1), after)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
