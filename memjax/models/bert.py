@@ -175,7 +175,7 @@ class Bert(Stacked):
       params: Parameters.
       tokens: `i32[B, T]`.
       positions: `i32[B, T]`, below `S`; default `0 .. T - 1`.
-      token_types: `i32[B, T]`, below `types`; default 0.
+      token_types: `i32[B, T]`, below `types`; default 0, and not read where there is one type.
 
     Raises:
       ValueError: for a sequence longer than there are positions.
@@ -187,7 +187,7 @@ class Bert(Stacked):
       )
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None, :]
-    if token_types is None:
+    if token_types is None or self.types == 1:
       token_types = jnp.zeros_like(positions)
     shape = jnp.broadcast_shapes(positions.shape, token_types.shape)
     positions, token_types = (jnp.broadcast_to(x, shape) for x in (positions, token_types))
