@@ -11,16 +11,29 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from memjax import adapters, models, optimizers, schedules, sharding, transforms, weights
+from memjax import (
+  adapters,
+  models,
+  optimizers,
+  pretrained,
+  schedules,
+  sharding,
+  transforms,
+  weights,
+)
 from memjax import config as config_lib
 from memjax.estimators import noise
 from memjax.estimators.spsa import dense
+from memjax.models import huggingface
 from memjax.naming import fold_in_path
 from memjax.steps import (
   groups,
+  hybrid,
   layerwise,
   offload,
   rotations,
+  selected,
+  selectors,
   slices,
   streamed,
   streams,
@@ -54,13 +67,18 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   """
   config_lib.validate(config)
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
+  if config.select.name != 'none':
+    sharding.check_batch(config.select.keep, config.accumulate, mesh, 'select.keep')
   model = build_model(config, mesh)
   schedule = build_schedule(config)
   adapter = build_adapter(config)
   if config.step == 'streamed':
     return _build_streamed(config, mesh, model, schedule, adapter)
-  init_params = adapted(functools.partial(model.init, store=_store(config)), adapter)
-  stored = jax.eval_shape(init_params, jax.random.key(0))
+  if config.step == 'hybrid':
+    return _build_hybrid(config, mesh, model, schedule, adapter)
+  init_params = adapted(pretrained.starting(model, _store(config)), adapter)
+  start = pretrained.shapes(config, model)
+  stored = jax.eval_shape(init_params, start)
   whole = sharding.param_shardings(weights.whole(stored), model.SHARDING, mesh)
   placed = sharding.weight_shardings(stored, whole)
   params, dense_shardings = map(weights.dense, map(weights.trained, (stored, placed)))
@@ -72,17 +90,23 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   else:
     transform = groups.make_transform(optimizer, rotation, schedule)
 
+  selector = selectors.build(config, model, root_key(config, 'select'))
+
   def init(key):
     if rotation is None:
-      return whole_tree.init_state(init_params, transform, key)
-    return groups.init_state(init_params, optimizer, rotation, key)
+      state = whole_tree.init_state(init_params, transform, key)
+    else:
+      state = groups.init_state(init_params, optimizer, rotation, key)
+    return selected.init_state(state, selector)
 
-  state = jax.eval_shape(init, jax.random.key(0))
+  state = jax.eval_shape(init, start)
   shardings = {
     'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
     'params': placed,
     'opt': sharding.state_shardings(state['opt'], params, dense_shardings),
   }
+  if 'select' in state:
+    shardings['select'] = jax.tree.map(lambda _: shardings['step'], state['select'])
   # What is kept for a group's next turn waits for it in the host's memory.
   fraction = 1.0 if rotation is not None and rotation.keep else config.offload_state
   init_placed = init
@@ -106,14 +130,15 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     schedule = rotation.learning_rate(schedule)
   key = root_key(config, 'adapter')
   train_step = adapters.over_time(train_step, adapter, key, transform.init)
+  train_step = selected.selected(train_step, selector, sharding.batch_sharding(mesh))
   return Parts(
     model=model,
     schedule=schedule,
     transform=transform,
     state=state,
-    batch=batch_shapes(config.batch_size, config.seq_len, mesh, model),
+    batch=_pool_shapes(config, mesh, model),
     eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh, model),
-    init=jax.jit(init_placed, out_shardings=shardings),
+    init=_jit_init(config, model, mesh, init_placed, shardings),
     # Every leaf stays an argument, also one that the transform only passes on: what the receipt
     # counts is what is alive, and all of it is donated.
     step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
@@ -125,11 +150,11 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
 def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
   """Puts together a run whose blocks live in the host's memory."""
   method = build_method(config, schedule)
-  store = _store(config)
-  on_host = functools.partial(model.init, store=lambda matrix: streams.to_host(store(matrix)))
-  init_params = adapted(on_host, adapter)
+  store = _store(config) or (lambda matrix: matrix)
+  to_host = lambda matrix: streams.to_host(store(matrix))
+  init_params = adapted(pretrained.starting(model, to_host), adapter)
   init = functools.partial(streamed.init_state, init_params, method)
-  state = jax.eval_shape(init, jax.random.key(0))
+  state = jax.eval_shape(init, pretrained.shapes(config, model))
   here = NamedSharding(mesh, jax.sharding.PartitionSpec())
   whole = sharding.param_shardings(weights.whole(state['params']), model.SHARDING, mesh)
   placed = sharding.weight_shardings(state['params'], whole)
@@ -150,11 +175,52 @@ def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
     state=_place(state, shardings),
     batch=batch,
     eval_batch=batch,
-    init=jax.jit(init, out_shardings=shardings),
+    init=_jit_init(config, model, mesh, init, shardings, streams.place),
     step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
     eval_step=jax.jit(lambda params, batch: model.loss(view(params), batch)),
     flush=jax.jit(flush, donate_argnums=0, out_shardings=shardings),
     view=view,
+  )
+
+
+def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
+  """Puts together a run that estimates gradients of all layers but the last."""
+  init_params = adapted(pretrained.starting(model, _store(config)), adapter)
+  last, changed = config.hybrid.layers, config.copy_and_resolve_references()
+  name, peak = config.hybrid.optimizer, config.hybrid.learning_rate
+  changed.optimizer = config_lib.optimizer(name, learning_rate=peak)
+  estimator = build_transform(config, schedule)
+  transform = build_transform(changed, build_schedule(changed), None, model.head_dim)
+  init = functools.partial(hybrid.init_state, init_params, last, estimator, transform)
+  state = jax.eval_shape(init, pretrained.shapes(config, model))
+  whole = sharding.param_shardings(weights.whole(state['params']), model.SHARDING, mesh)
+  placed = sharding.weight_shardings(state['params'], whole)
+  trained = weights.trained(state['params'])
+
+  def of_state(name):
+    params, where = trained[name], weights.trained(placed)[name]
+    return sharding.state_shardings(state['opt'][name], params, where)
+
+  shardings = {
+    'step': NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    'params': placed,
+    'opt': {name: of_state(name) for name in trained},
+  }
+  key = _rounding_key(config)
+  step = hybrid.make_train_step(model, estimator, transform, rounding_key=key, shardings=shardings)
+  step = adapters.over_time(step, adapter, root_key(config, 'adapter'))
+  loss = hybrid.make_loss(model)
+  return Parts(
+    model=model,
+    schedule=schedule,
+    transform=estimator,
+    state=_place(state, shardings),
+    batch=batch_shapes(config.batch_size, config.seq_len, mesh, model),
+    eval_batch=batch_shapes(config.batch_size, config.seq_len, mesh, model),
+    init=_jit_init(config, model, mesh, init, shardings),
+    step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
+    eval_step=jax.jit(lambda params, batch: loss(adapters.at_rest(params), batch)),
+    view=lambda params: hybrid.join(adapters.at_rest(params)),
   )
 
 
@@ -208,13 +274,25 @@ def adapted(init_params, adapter):
   """Returns a function of a key that draws parameters, and factors of an adapter beside them."""
   if adapter is None:
     return init_params
-  return lambda key: adapters.attach(init_params(key), adapter, fold_in_path(key, 'adapter'))
+
+  def init(start):
+    key = fold_in_path(pretrained.key_of(start), 'adapter')
+    return adapters.attach(init_params(start), adapter, key)
+
+  return init
+
+
+def _jit_init(config, model, mesh, init, shardings, place=None):
+  """Compiles what makes the state, of drawn parameters or of a checkpoint's."""
+  options = {'place': place} if place else {}
+  if config.load:
+    options['fields'] = _loaded_fields(config, mesh)
+  return pretrained.jit_init(config, model, mesh, init, shardings, **options)
 
 
 def _store(config):
-  """What is kept of a matrix as it is drawn."""
-  stores = {'int8': weights.quantise, 'nf4': weights.quantise_nf4}
-  return stores.get(config.weights, lambda matrix: matrix)
+  """What is kept of a matrix as it is drawn; None keeps the matrix."""
+  return {'int8': weights.quantise, 'nf4': weights.quantise_nf4}.get(config.weights)
 
 
 def _rounding_key(config):
@@ -234,17 +312,30 @@ def build_model(config: ConfigDict, mesh: Mesh):
   """Returns the model of a config, its hidden states sharded like the batch.
 
   Raises:
-    ValueError: for an unknown model or field, or a task that the model cannot do.
+    ValueError: for an unknown model or field, a folder that holds none, or a task that the model
+      cannot do.
   """
-  arguments = dict(
+  if config.load:
+    return for_task(config, huggingface.describe(config.load, **_loaded_fields(config, mesh)))
+  family = models.PRESETS.get(config.model, (None,))[0]
+  fields = _run_fields(config, mesh) | model_fields(config, family)
+  return for_task(config, models.create(config.model, **fields))
+
+
+def _run_fields(config, mesh):
+  """Fields of any model that are the run's and not the model's."""
+  return dict(
     dtype=jnp.dtype(config.compute_dtype),
     param_dtype=jnp.dtype(config.param_dtype),
     remat=config.remat,
     activations=sharding.batch_sharding(mesh),
   )
-  family = models.PRESETS.get(config.model, (None,))[0]
-  model = models.create(config.model, **arguments, **model_fields(config, family))
-  return for_task(config, model)
+
+
+def _loaded_fields(config, mesh):
+  """Fields to set of the model of a checkpoint."""
+  family = type(huggingface.describe(config.load))
+  return _run_fields(config, mesh) | model_fields(config, family)
 
 
 def model_fields(config: ConfigDict, family: type | None) -> dict:
@@ -356,6 +447,16 @@ def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh, model=None) -> dict:
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()
   }
+
+
+def _pool_shapes(config, mesh, model):
+  """A batch; and, where rows are chosen from it, which source each is from, i32[B]."""
+  shapes = batch_shapes(config.batch_size, config.seq_len, mesh, model)
+  if config.select.name == 'none':
+    return shapes
+  where = sharding.batch_sharding(mesh)
+  source = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=where)
+  return shapes | {'source': source}
 
 
 def root_key(config: ConfigDict, purpose: str) -> jax.Array:

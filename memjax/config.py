@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from memjax import adapters, optimizers, schedules
 from memjax.naming import nearest
-from memjax.steps import rotations, whole_tree
+from memjax.steps import rotations, selectors, whole_tree
 
 STEPS = ('whole_tree', 'layerwise', *rotations.ROTATIONS, *optimizers.ZEROTH_ORDER_STEPS)
 CLIPS = ('global', 'layer')
@@ -59,6 +59,9 @@ def default() -> ConfigDict:
   """
   c = ConfigDict()
   c.model = 'llama_quickstart'  # A name in memjax.models.PRESETS.
+  # A Hugging Face folder or a .gguf file: model and parameters are its, whatever `model` is; and so
+  # is the tokenizer, unless data.tokenizer names one.
+  c.load = ''
   c.model_args = ConfigDict(dict(loss_chunk=1024))  # Fields of the model to change.
   c.param_dtype = 'float32'
   # Or 'int8': the blocks' matrices in 8 bits, with step='layerwise' to save; or 'nf4', in 4 bits,
@@ -77,9 +80,13 @@ def default() -> ConfigDict:
   # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
   # what the method's authors chose.
   c.groups = ConfigDict(dict(size=0, every=0, order=''))
+  # Of step='hybrid': the last layers are trained by this optimizer on gradients, the others by
+  # `optimizer` on values.
+  c.hybrid = ConfigDict(dict(layers=1, optimizer='adamw', learning_rate=1e-5))
   c.offload_state = 0.0  # Fraction of the optimizer state in host memory, streamed layer by layer.
   c.steps = 1000  # Updates.
   c.batch_size = 8  # Sequences an update, all micro-batches together.
+  c.select = ConfigDict(selectors.fields())  # Trains on a chosen part of each batch.
   c.accumulate = 1  # Micro-batches an update.
   c.accumulate_in = 'weights'  # Or 'subspace': adds up [r, n] of a matrix, of methods with bases.
   c.seq_len = 128  # Tokens a sequence.
@@ -251,6 +258,7 @@ def validate(c: ConfigDict) -> None:
   _check_step(c)
   _check_zeroth_order(c)
   _check_task(c)
+  selectors.check(c)
   for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
     if getattr(c, field) < 1:
       raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
@@ -378,6 +386,8 @@ def _check_zeroth_order(c: ConfigDict) -> None:
     )
   if not gives_values:
     return
+  if c.step == 'hybrid':
+    _look_up('hybrid.optimizer', c.hybrid.optimizer, optimizers.OPTIMIZERS)
   if not takes_values:
     raise ValueError(
       f'config.step={c.step!r} makes no gradient, which config.optimizer {c.optimizer.name!r} '

@@ -83,7 +83,7 @@ ZEROTH_ORDER = {
   'zo_sgd_conservative': zo_sgd_conservative,
   'zo_sgd_sign': zo_sgd_sign,
 }
-ZEROTH_ORDER_STEPS = ('zeroth_order', 'streamed')  # Values of config.step.
+ZEROTH_ORDER_STEPS = ('zeroth_order', 'hybrid', 'streamed')  # Values of config.step.
 
 REQUIRED = inspect.Parameter.empty  # Default of an argument that has none.
 

@@ -109,6 +109,9 @@ def _of_config(fields, devices):
 
 def gradients(config: ConfigDict, state) -> int:
   """Returns bytes per device of the gradients that a config's step forms at once."""
+  if config.step == 'hybrid':
+    exact = {k: state[k]['exact'] for k in ('params', 'opt')}
+    return memory.gradient_bytes(exact | {'params': weights.trained(exact['params'])})
   if config.step in optimizers.ZEROTH_ORDER_STEPS:
     return 0
   layerwise = config.step != 'whole_tree'
