@@ -30,7 +30,7 @@ def _to_model(config: Config, **fields: Any) -> Bert:
     layers=config['num_hidden_layers'],
     types=config.either('type_vocab_size', 2),
     norm_eps=config.either('layer_norm_eps', 1e-12),
-    labels=_labels(config),
+    labels=_labels(config) if ours['task'] == 'classification' else 2,
     **ours,
     **fields,
   )
@@ -136,6 +136,9 @@ IGNORED = (
   r'embeddings\.position_ids$',
 )
 
+# Checkpoints that were made from TensorFlow's, such as the released BERT.
+SPELLINGS = (('LayerNorm.weight', 'LayerNorm.gamma'), ('LayerNorm.bias', 'LayerNorm.beta'))
+
 BERT = Family(
   name='bert',
   architectures=(
@@ -151,6 +154,7 @@ BERT = Family(
   names=lambda model: _names(model, 'bert', 'bert.pooler.dense', 'classifier'),
   prefix='bert.',
   ignored=IGNORED,
+  spellings=SPELLINGS,
 )
 
 ROBERTA = Family(
@@ -167,4 +171,5 @@ ROBERTA = Family(
   names=lambda model: _names(model, 'roberta', 'classifier.dense', 'classifier.out_proj'),
   prefix='roberta.',
   ignored=IGNORED,
+  spellings=SPELLINGS,
 )

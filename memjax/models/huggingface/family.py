@@ -131,6 +131,7 @@ class Family:
     prefix: What keys begin with unless the bare model was saved, without a head: 'model.'.
     ignored: Regular expressions searched in the keys that no name mentions; what matches holds
       nothing of its own (buffers, the copy that a tied head is), and anything else is an error.
+    spellings: Pairs of a part of a key and what older checkpoints have in its place.
   """
 
   name: str
@@ -141,6 +142,7 @@ class Family:
   names: Callable[[Any], tuple[Name, ...]]
   prefix: str = ''
   ignored: tuple[str, ...] = ()
+  spellings: tuple[tuple[str, str], ...] = ()
 
 
 class Config(dict):

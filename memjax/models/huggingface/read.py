@@ -104,7 +104,8 @@ def match(family: Family, model: Any, tensors: Tensors) -> dict[str, Tensor | No
   for name in names:
     layers = model.layers if name.path.startswith(BLOCKS) else 1
     key = name.key.removeprefix(family.prefix) if bare else name.key
-    keys = tuple(key.replace('{layer}', str(layer)) for layer in range(layers))
+    keys = [key.replace('{layer}', str(layer)) for layer in range(layers)]
+    keys = tuple(_spelt(family, key, tensors) for key in keys)
     if name.drawn and keys[0] not in tensors.entries:
       found[name.path] = None
       continue
@@ -113,6 +114,12 @@ def match(family: Family, model: Any, tensors: Tensors) -> dict[str, Tensor | No
     found[name.path] = Tensor(name, keys)
   _check_rest(family, tensors, found)
   return found
+
+
+def _spelt(family: Family, key: str, tensors: Tensors) -> str:
+  """Returns the key as the checkpoint spells it; as it is where the tensor is missing."""
+  older = (key.replace(part, other) for part, other in family.spellings)
+  return next((k for k in (key, *older) if k in tensors.entries), key)
 
 
 def _whole_shapes(names: tuple[Name, ...], shapes: dict[str, Shape]) -> dict[str, Shape]:
