@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from memjax import build as build_lib
-from memjax import checkpoint, metrics, plan, sharding, workdir
+from memjax import checkpoint, metrics, plan, pretrained, sharding, workdir
 from memjax import config as config_lib
 from memjax.evaluate import evaluate, place
 from memjax.models.generate import generate
 from memjax.preemption import Preemption
+from memjax.steps import selectors
 
 
 def train(config: ConfigDict, directory, *, devices=None) -> dict:
@@ -58,6 +59,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     say(describe(config, parts, mesh))
     notices = workdir.prepare(directory, config)
     dataset = load_data(config, parts.model)
+    selectors.check_sources(config, getattr(dataset.train, 'sources', ()))
     for notice in notices:
       say(f'[yellow]Resuming with another {escape(notice)}[/]')
     say(banner(dataset))
@@ -87,7 +89,8 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     progress = metrics.Progress(config.steps, first, tokens, primary=primary)
 
     def rows(finished, start, stop):  # Of the batch after so many finished updates.
-      return dataset.train.rows(finished, config.batch_size, start, stop, config.seed)
+      found = dataset.train.rows(finished, config.batch_size, start, stop, config.seed)
+      return {'source': np.zeros(stop - start, np.int32)} | found  # Text has one source.
 
     validate = validator(config, parts, dataset, stop=preemption.requested)
     evaluated = read_evaluation(directory, first)
@@ -225,9 +228,9 @@ def describe(config: ConfigDict, parts: build_lib.Parts, mesh) -> str:
   """Returns one line on what is trained, and on what."""
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   return (
-    f'{config.model}: {parts.model.num_params() / 1e6:,.1f} M parameters in {config.param_dtype}, '
-    f'{config.optimizer.name}, {config.steps:,} steps of {config.batch_size} x {config.seq_len} '
-    f'tokens, mesh {axes} of {mesh.devices.flat[0].device_kind}'
+    f'{config.load or config.model}: {parts.model.num_params() / 1e6:,.1f} M parameters in '
+    f'{config.param_dtype}, {config.optimizer.name}, {config.steps:,} steps of '
+    f'{config.batch_size} x {config.seq_len} tokens, mesh {axes} of {mesh.devices.flat[0].device_kind}'
   )
 
 
@@ -256,14 +259,15 @@ def load_data(config: ConfigDict, model):
   from memjax import data  # Libraries for text are loaded by those who train on it.
 
   cache = config.data.cache_dir or config_lib.user_cache()
+  tokenizer = pretrained.tokenizer(config)
   if config.task.name:
     from memjax import tasks
 
     arguments = dict(vocab_size=model.vocab, cache_dir=cache)
-    return tasks.load(config.task, model, config.data.tokenizer, config.seq_len, **arguments)
+    return tasks.load(config.task, model, tokenizer, config.seq_len, **arguments)
   return data.load(
     config.data.sources,
-    config.data.tokenizer,
+    tokenizer,
     config.seq_len,
     vocab_size=model.vocab,
     cache_dir=cache,

@@ -43,7 +43,7 @@ def open_tokenizer(name, source, *, vocab_size, cache_dir):
 
   Args:
     name: 'bytes'; 'bpe', which is trained on `source` to `vocab_size` pieces and kept in
-      `cache_dir`; the path of a `tokenizer.json`; or the path of a SentencePiece `.model`.
+      `cache_dir`; or the path of a `tokenizer.json`, a SentencePiece `.model`, or a `.gguf`.
     source: Corpus, a `sources.Source`; read for 'bpe' only.
     vocab_size: Rows of the model's embedding.
     cache_dir: Directory for trained tokenizers, a pathlib.Path.
@@ -159,15 +159,26 @@ def _write_atomically(path, text):
 
 
 def _tokenizer_json(path):
+  text = path.read_text(encoding='utf-8')
+  return _hugging_face(text, lambda tokenizer: _end_of_text_id(tokenizer, path))
+
+
+def _gguf(path):
+  from memjax.data.gguf import tokenizer_json
+
+  text, eos_id = tokenizer_json(path)
+  return _hugging_face(text, lambda _: eos_id)
+
+
+def _hugging_face(text, find_eos_id):
   import tokenizers
 
-  text = path.read_text(encoding='utf-8')
   tokenizer = tokenizers.Tokenizer.from_str(text)
   # A document that spells '</s>' must not end itself; nor may the file cut or pad documents.
   tokenizer.encode_special_tokens = True
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  eos_id = _end_of_text_id(tokenizer, path)
+  eos_id = find_eos_id(tokenizer)
   special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
   ids = set(tokenizer.get_vocab().values())
 
@@ -239,4 +250,4 @@ def _sentencepiece(path):
   )
 
 
-OPENERS = {'.json': _tokenizer_json, '.model': _sentencepiece}
+OPENERS = {'.json': _tokenizer_json, '.model': _sentencepiece, '.gguf': _gguf}

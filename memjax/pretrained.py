@@ -1,0 +1,132 @@
+"""Runs that start from a checkpoint: parameters are read where they would be drawn.
+
+What draws parameters is a function of a key. Here it becomes a function of a `Start`, the key and
+what was read, so that everything built on it (adapters, quantised weights, optimizer state) is made
+as it would be of drawn ones, in the same compiled program.
+"""
+
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from memjax import config as config_lib
+from memjax import sharding
+from memjax.models import huggingface
+from memjax.naming import fold_in_path, path_string
+
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+
+
+class Start(NamedTuple):
+  """What a run's parameters are made from, where they are not drawn."""
+
+  key: jax.Array  # Of what is drawn all the same, such as an adapter's factors.
+  params: Any  # As they were read: dense.
+
+
+def key_of(start: Any) -> jax.Array:
+  """Returns the key of a start, which may be the key itself."""
+  return start.key if isinstance(start, Start) else start
+
+
+def starting(model: Any, store: Callable | None = None) -> Callable[[Any], Any]:
+  """Returns a function of a start that returns the parameters.
+
+  Args:
+    model: Has `init(key, store)`.
+    store: Maps one matrix of a block to what is kept of it, such as `memjax.weights.quantise`; None
+      keeps it.
+  """
+
+  def init(start):
+    if isinstance(start, Start):
+      return start.params if store is None else _stored(start.params, store)
+    return model.init(start) if store is None else model.init(start, store=store)
+
+  return init
+
+
+def _stored(params: Any, store: Callable) -> Any:
+  """Stores matrices layer after layer, so that no copy of a stack is held in another form."""
+
+  def store_layer(matrix):  # Which may have been read into the host's memory.
+    return store(jax.device_put(matrix, jax.memory.Space.Device))
+
+  def keep(path, leaf):
+    is_matrix = path_string(path).startswith('blocks/') and leaf.ndim == 3
+    return jax.lax.map(store_layer, leaf) if is_matrix else leaf
+
+  return jax.tree.map_with_path(keep, params)
+
+
+def shapes(config: ConfigDict, model: Any) -> Any:
+  """Returns what `starting` is called with, as shapes."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return Start(key, model.abstract()) if config.load else key
+
+
+def jit_init(
+  config: ConfigDict,
+  model: Any,
+  mesh: Mesh,
+  init: Callable,
+  shardings: Any,
+  *,
+  fields: dict[str, Any] | None = None,
+  place: Callable = lambda shardings, params: shardings,
+) -> Callable[[jax.Array], Any]:
+  """Returns a compiled function of a key that returns the training state.
+
+  Memory beside the state: nothing, since it owns what was read; where weights are stored in another
+  form, what was read until it is.
+
+  Args:
+    config: Read for `load`.
+    model: Model.
+    mesh: Mesh that its parameters are spread over.
+    init: Function of a start that returns the state.
+    shardings: Of the state.
+    fields: Fields of a checkpoint's model, as `memjax.models.load` takes them.
+    place: Changes the shardings of the parameters, such as `memjax.steps.streams.place`.
+  """
+  if not config.load:
+    return jax.jit(init, out_shardings=shardings)
+  make = lambda params, key: init(Start(key, params))
+  make = jax.jit(make, donate_argnums=0, out_shardings=shardings)
+  abstract = model.abstract()
+  places = place(sharding.param_shardings(abstract, model.SHARDING, mesh), abstract)
+
+  def read(key):
+    drawn = fold_in_path(key, 'drawn')
+    _, params = huggingface.load(config.load, shardings=places, key=drawn, **fields or {})
+    with warnings.catch_warnings():  # What is stored in another form is freed all the same.
+      warnings.filterwarnings('ignore', 'Some donated buffers were not usable')
+      return make(params, key)
+
+  return read
+
+
+def tokenizer(config: ConfigDict) -> str:
+  """Returns the name of a run's tokenizer: the checkpoint's, unless the config names another.
+
+  Raises:
+    ValueError: for a checkpoint without one.
+  """
+  default = config_lib.default().data.tokenizer
+  if not config.load or config.data.tokenizer != default:
+    return config.data.tokenizer
+  path = pathlib.Path(config.load).expanduser()
+  if path.is_file():
+    return str(path)
+  for name in TOKENIZERS:
+    if (path / name).is_file():
+      return str(path / name)
+  raise ValueError(
+    f'{path} has neither {" nor ".join(TOKENIZERS)}; copy one there, or name one as '
+    'config.data.tokenizer'
+  )
