@@ -230,7 +230,8 @@ def describe(config: ConfigDict, parts: build_lib.Parts, mesh) -> str:
   return (
     f'{config.load or config.model}: {parts.model.num_params() / 1e6:,.1f} M parameters in '
     f'{config.param_dtype}, {config.optimizer.name}, {config.steps:,} steps of '
-    f'{config.batch_size} x {config.seq_len} tokens, mesh {axes} of {mesh.devices.flat[0].device_kind}'
+    f'{config.batch_size} x {config.seq_len} tokens, mesh {axes} of '
+    f'{mesh.devices.flat[0].device_kind}'
   )
 
 
