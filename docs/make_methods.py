@@ -130,7 +130,7 @@ METHODS = {
     'nothing',
     'where factors begin anew, all at once or vector by vector: ReLoRA, SwitchLoRA, RSO',
     'SwitchLoRA counts updates of a vector that is frozen, so that its first is half as large: '
-    '`hold=False`.',
+    '`hold=False`. ReLoRA prunes each moment by another draw: `compat.relora`.',
   ),
   'galore': Method(
     'GaLore',

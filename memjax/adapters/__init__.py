@@ -11,6 +11,7 @@ from memjax.adapters.lora import LoRA
 from memjax.adapters.merge import detach, fold, merge
 from memjax.adapters.noise import at_rest
 from memjax.adapters.over_time import over_time
+from memjax.adapters.relora import ReLoRA, relora
 from memjax.adapters.rso import RSO
 from memjax.weights import replaced
 from memjax.weights import trained as trainable
@@ -19,6 +20,7 @@ __all__ = [
   'ADAPTERS',
   'RSO',
   'LoRA',
+  'ReLoRA',
   'Spec',
   'arguments',
   'at_rest',
@@ -27,12 +29,13 @@ __all__ = [
   'fold',
   'merge',
   'over_time',
+  'relora',
   'replaced',
   'trainable',
 ]
 
 # Name in a config -> specification; 'none' is none.
-ADAPTERS = {'none': None, 'lora': LoRA, 'rso': RSO}
+ADAPTERS = {'none': None, 'lora': LoRA, 'relora': ReLoRA, 'rso': RSO}
 
 
 def arguments(name: str) -> dict:

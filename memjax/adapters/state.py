@@ -44,7 +44,7 @@ def restarted(state: Any, new: Any, where: Mapping[str, jax.Array]) -> Any:
   """
 
   def choose(path, owner, old, new):
-    chosen = where[owner]
+    chosen = jnp.asarray(where[owner])
     if chosen.ndim and _broadcast(chosen.shape, old.shape) != old.shape:
       raise ValueError(
         f'optimizer state {path} of shape {old.shape} cannot restart a vector of {owner} alone '
@@ -56,35 +56,46 @@ def restarted(state: Any, new: Any, where: Mapping[str, jax.Array]) -> Any:
   return _of_leaves(choose, where, state, new)
 
 
-def pruned(state: Any, change: Callable, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-  """Returns optimizer state with moments of chosen leaves replaced.
+def pruned(state: Any, prune: Callable, shapes: Mapping[str, tuple[int, ...]], due: Any) -> Any:
+  """Returns optimizer state with moments of chosen leaves thinned out, when that is due.
 
   Args:
     state: Of `transform.init` or a later update.
-    change: `change(path of the state, path of the leaf, moment) -> moment`.
+    prune: `prune(path of a leaf, {path of the state: moment}) -> the same dict`, of all moments of
+      one leaf, in the order in which the optimizer holds them.
     shapes: Path of a trained leaf -> its shape, which is that of its moments; other state of the
       leaf, such as counts of its vectors, stays.
+    due: bool[]; nothing is computed when it is not.
 
   Raises:
-    ValueError: naming a leaf of which no state has that shape, where something is kept in codes.
+    ValueError: naming a leaf of which there is state, but no array of its shape.
   """
-  found = set()
+  moments = {owner: {} for owner in shapes}
+  stateful = set()
 
-  def change_moment(path, owner, leaf):
-    if leaf.shape != shapes[owner] or not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf
-    found.add(owner)
-    return change(path, owner, leaf)
+  def gather(path, owner, leaf):
+    stateful.add(owner)
+    if leaf.shape == shapes[owner] and jnp.issubdtype(leaf.dtype, jnp.floating):
+      moments[owner][path] = leaf
+    return leaf
 
-  after = _of_leaves(change_moment, shapes, state)
-  kept_otherwise = {owner for owner, _ in _owned(state, shapes)} - found
-  if kept_otherwise:
+  _of_leaves(gather, shapes, state)
+  if bare := sorted(owner for owner in stateful if not moments[owner]):
     raise ValueError(
-      f'the optimizer keeps no moments of {min(kept_otherwise)} in its shape '
-      f"{shapes[min(kept_otherwise)]}, to be pruned number by number; set prune='zero', or choose "
-      'an optimizer whose moments are arrays of that shape'
+      f'the optimizer keeps no moments of {bare[0]} in its shape {shapes[bare[0]]}, to be pruned '
+      "number by number; set prune='zero', or choose an optimizer whose moments are arrays"
     )
-  return after
+  thin_all = lambda all_of: {owner: prune(owner, one) for owner, one in all_of.items()}
+  moments = when(due, thin_all, moments)
+  put = lambda path, owner, leaf: moments[owner].get(path, leaf)
+  return _of_leaves(put, shapes, state)
+
+
+def when(due: Any, function: Callable, x: Any) -> Any:
+  """Returns `function(x)` when it is due, else `x`: a loop that runs once or not at all, which
+  computes nothing then and changes donated arrays in place.
+  """
+  return jax.lax.fori_loop(0, jnp.where(due, 1, 0), lambda _, x: function(x), x)
 
 
 def _of_leaves(function, owners, state, *others):
@@ -95,11 +106,6 @@ def _of_leaves(function, owners, state, *others):
     return leaf if owner is None else function(path_string(path), owner, leaf, *rest)
 
   return jax.tree.map_with_path(apply, state, *others)
-
-
-def _owned(state, owners):
-  found = ((_owner(path, owners), leaf) for path, leaf in jax.tree.leaves_with_path(state))
-  return [(owner, leaf) for owner, leaf in found if owner is not None]
 
 
 def _owner(path, owners) -> str | None:

@@ -14,6 +14,7 @@ from memjax.compat.galore_torch import galore_adamw
 from memjax.compat.galore_torch_8bit import galore_adamw8bit
 from memjax.compat.lomo_optim import adalomo, lomo
 from memjax.compat.q_galore_torch import q_galore_adamw8bit
+from memjax.compat.relora import relora
 from memjax.compat.torchao import adamw8bit_ao
 from memjax.compat.transformers_adafactor import adafactor
 
@@ -31,4 +32,5 @@ __all__ = [
   'galore_adamw8bit',
   'lomo',
   'q_galore_adamw8bit',
+  'relora',
 ]
