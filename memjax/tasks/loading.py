@@ -128,11 +128,7 @@ def draw(task: Task, fields: ConfigDict) -> tuple[list[Example], ...]:
       'part the training file with config.task.dev_examples'
     )
   test = read(task, test_file, task.splits[1]) if test_file else dev
-  test = sampling.take(
-    test, fields.test_examples, fields.seed, f'config.task.test_examples, {test_file}'
-  )
-  if not train:
-    raise ValueError(f'{train_file}: an empty split: no examples are left to train on')
+  test = sampling.take(test, fields.test_examples, fields.seed)
   return pool, train, dev or test, test
 
 
@@ -186,7 +182,7 @@ def _maker(task, fields, model, tokenizer, seq_len, pool):
     return lambda examples: Framed(examples, sources, tokenizer, seq_len, task.kind == 'regression')
   shown = ()
   if fields.demonstrations:
-    shown = sampling.take(pool, fields.demonstrations, fields.seed, 'config.task.demonstrations')
+    shown = sampling.take(pool, fields.demonstrations, fields.seed)
   prompter = Prompter(task, tokenizer, seq_len + 1, tuple(shown))
   split = Optioned if fields.loss == 'options' else Prompted
   return lambda examples: split(examples, sources, prompter, seq_len)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from memjax.data.sources import Missing, prepared
+from memjax.tasks import made_up
 from memjax.tasks.task import Example, Task, example
 
 
@@ -21,13 +22,16 @@ def read(task: Task, path: str, split: str = '') -> list[Example]:
   Args:
     task: What the rows are.
     path: A .jsonl (an object a line), .json (a list of objects, or the list under 'data') or .tsv
-      (its first line names the fields) file, any of them also with '.gz'; or 'tfds:NAME[@DIR]'.
+      (its first line names the fields) file, any of them also with '.gz'; or 'tfds:NAME[@DIR]'; or
+      'made_up:COUNT', rows made on the spot to try things out.
     split: Of a TensorFlow dataset, which split.
 
   Raises:
     ValueError: for a file that is not there or has no rows, a row without a field, or a label
       outside the range, naming file, line and field.
   """
+  if path.startswith('made_up:'):
+    return [example(task, row, where) for where, row in made_up.rows(task, path)]
   rows = _tfds(path, split) if path.startswith('tfds:') else _file(task, path)
   examples = []
   for where, row in rows:

@@ -23,7 +23,7 @@ def test_n_examples_are_the_permutation_of_the_global_seed():
   train, dev = sampling.n_examples(examples(40), 10, 5, seed=0)
   assert numbers(train) == order[:10]
   assert numbers(dev) == order[10:15]
-  assert numbers(sampling.take(examples(40), 7, 0, 'x')) == order[:7]
+  assert numbers(sampling.take(examples(40), 7, 0)) == order[:7]
   # The first draws of numpy's legacy generator, which no version of it may change.
   assert np.random.RandomState(0).permutation(8).tolist() == [6, 2, 1, 7, 3, 0, 5, 4]
 
@@ -50,10 +50,17 @@ def test_k_shot_is_a_shuffle_then_the_first_of_each_label(seed):
   assert [sum(e.label == c for e in train) for c in range(3)] == [4, 4, 4]
 
 
-def test_too_few_examples_are_refused():
-  with pytest.raises(
-    ValueError, match=r'15 examples \(10 to train and 5 to develop on\), but there are 12'
-  ):
-    sampling.n_examples(examples(12), 10, 5)
-  with pytest.raises(ValueError, match=r'6 examples \(3 shots'):
-    sampling.k_shot(examples(10), 3, 13)
+def test_of_a_small_file_the_last_develop_and_the_rest_trains():
+  order = np.random.RandomState(0).permutation(12).tolist()
+  train, dev = sampling.n_examples(examples(12), 10, 5)
+  assert (numbers(train), numbers(dev)) == (order[:7], order[7:])
+  train, dev = sampling.k_shot(examples(5), 2, 13)  # Three of label 0, two of label 1.
+  assert sorted(e.label for e in train) == [0, 0, 1, 1]
+  assert [e.label for e in dev] == [0]
+
+
+def test_a_draw_that_leaves_nothing_is_refused():
+  with pytest.raises(ValueError, match='12 examples to develop on leave none of 12'):
+    sampling.n_examples(examples(12), 10, 12)
+  with pytest.raises(ValueError, match=r'5 shots.*no label has more than 5'):
+    sampling.k_shot(examples(10), 5, 13)
