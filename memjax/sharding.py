@@ -175,13 +175,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = 'batch_size') -> None:
   """Raises a `ValueError` unless every micro-batch divides over the mesh's batch axes."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size // accumulate % ways:
     raise ValueError(
       f'a micro-batch of {batch_size // accumulate} sequences does not divide over data x fsdp = '
-      f'{ways} devices; make config.batch_size a multiple of {ways * accumulate}'
+      f'{ways} devices; make config.{field} a multiple of {ways * accumulate}'
     )
 
 

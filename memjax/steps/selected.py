@@ -23,14 +23,14 @@ class Rows(NamedTuple):
 class Selector(NamedTuple):
   """How rows are chosen: two pure functions, like an optax transform's."""
 
-  # params -> state; {} for none.
+  # params -> state; None for none.
   init: Callable[[Any], Any]
   # (state, {'step', 'params', ...}, pool) -> (Rows, state, metrics).
   choose: Callable[[Any, dict, dict], tuple[Rows, Any, dict]]
 
 
 def selected(
-  step: Callable, selector: Selector, layout: NamedSharding | None = None
+  step: Callable, selector: Selector | None, layout: NamedSharding | None = None
 ) -> Callable[[dict, dict], tuple[dict, dict]]:
   """Returns `step(state, pool) -> (state, metrics)` that trains on the rows a selector chooses.
 
@@ -42,22 +42,28 @@ def selected(
 
   Args:
     step: `step(state, batch) -> (state, metrics)`.
-    selector: Such as `memjax.steps.colm.colm`.
+    selector: Such as `memjax.steps.colm.colm`; None returns the step as it is.
     layout: Sharding of what has the batch as its first axis; None leaves it to the compiler.
   """
+  if selector is None:
+    return step
 
   def wrapped(state, pool):
     inner = {name: part for name, part in state.items() if name != 'select'}
-    chosen, select, found = selector.choose(state['select'], inner, pool)
-    state, metrics = step(inner, take_rows(pool, chosen, layout))
-    return state | {'select': select}, metrics | found
+    chosen, select, found = selector.choose(state.get('select'), inner, pool)
+    after, metrics = step(inner, take_rows(pool, chosen, layout))
+    return _joined(after, select), metrics | found
 
   return wrapped
 
 
-def init_state(state: dict, selector: Selector) -> dict:
-  """Returns a training state with that of a selector."""
-  return state | {'select': selector.init(state['params'])}
+def init_state(state: dict, selector: Selector | None) -> dict:
+  """Returns a training state with that of a selector, if it has any."""
+  return state if selector is None else _joined(state, selector.init(state['params']))
+
+
+def _joined(state, select):
+  return state if select is None else state | {'select': select}
 
 
 def take_rows(pool: dict, chosen: Rows, layout: NamedSharding | None = None) -> dict:
@@ -91,4 +97,4 @@ def random_rows(keep: int, key: jax.Array) -> Selector:
     order = jax.random.permutation(jax.random.fold_in(key, training['step']), size)
     return Rows(jnp.sort(order[:keep]).astype(jnp.int32), None), state, {}
 
-  return Selector(lambda params: {}, choose)
+  return Selector(lambda params: None, choose)

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from memjax import sharding, weights
+from memjax import build, checkpoint, config, sharding, weights
 from memjax.estimators import per_example
 from memjax.models.cross_entropy import cross_entropy
-from memjax.steps import selected, whole_tree
+from memjax.steps import selected, selectors, whole_tree
 from memjax.steps.colm import colm
 
 
@@ -196,3 +196,53 @@ def test_wrong_arguments_are_named():
     chooser.choose(state['select'], state, {k: POOL[k] for k in ('tokens', 'weights')})
   with pytest.raises(ValueError, match='keep is 9; of a pool of 8'):
     selected.random_rows(9, KEY).choose({}, state, POOL)
+
+
+def test_a_config_trains_on_chosen_rows_and_resumes_with_the_same(tmp_path):
+  c = config.default()
+  c.model, c.model_args = 'llama_tiny', dict(loss_chunk=64, hidden=16, intermediate=16, vocab=64)
+  c.batch_size, c.seq_len, c.adapter = 16, 8, config.adapter('lora', rank=2)
+  c.select.update(name='colm', keep=8, parts=2, sources=3, coordinates=8)
+  parts = build.build(c, sharding.make_mesh(devices=jax.devices()[:2]))
+  step = parts.step.lower(parts.state, parts.batch).compile()
+  assert parts.batch['source'].shape == (16,)
+  assert 'source' not in parts.eval_batch
+  batch = jax.device_put(pool(16), parts.batch['source'].sharding)
+  batch = {k: x if x.ndim == 1 else jnp.pad(x, ((0, 0), (0, 2))) for k, x in batch.items()}
+  batch = jax.device_put(batch, parts.batch['source'].sharding)
+  checkpoints = checkpoint.Checkpoints(tmp_path, every=2)
+
+  state = parts.init(build.root_key(c, 'params'))
+  for finished in (1, 2, 3):
+    state, metrics = step(state, batch)
+    checkpoints.maybe_save(state, finished, {})
+  checkpoints.close()
+  restored = checkpoint.Checkpoints(tmp_path, every=2).restore(parts.state)
+  assert restored.step == 2
+  again, values = step(restored.state, batch)
+  assert float(values['train/loss']) == float(metrics['train/loss'])
+  jax.tree.map(np.testing.assert_array_equal, again['select'], state['select'])
+  assert state['select'].mu.shape == (2 * 8,)  # B [r, n] of two key-value heads of width 4.
+  assert int(state['select'].count) == 3
+
+
+def test_a_config_that_cannot_choose_is_refused():
+  def check(match, **fields):
+    c = config.default()
+    c.select.update(name='colm', keep=4)
+    for name, value in fields.items():
+      (c.select if name in c.select else c)[name] = value
+    with pytest.raises(ValueError, match=match):
+      config.validate(c)
+
+  check("config.select.name is 'colmn'; the nearest is 'colm'", name='colmn')
+  check('config.select.keep is 9; of a pool of config.batch_size 8', keep=9)
+  check('config.accumulate is 3', accumulate=3, batch_size=9)
+  check('config.select.parts is 3, which does not divide 8', parts=3)
+  check("keep_sources is '0_99'; it is 'small', 'none', or numbers", keep_sources='0_99')
+  zeroth_order = config.optimizer('mezo', learning_rate=1e-6)
+  check('config.select needs the layers on the device', step='streamed', optimizer=zeroth_order)
+  c = config.default()
+  c.select.update(name='colm', keep=4, sources=2)
+  with pytest.raises(ValueError, match='the data has 3 sources, a, b, c; set config'):
+    selectors.check_sources(c, ('a', 'b', 'c'))
