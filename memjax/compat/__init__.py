@@ -8,6 +8,7 @@ from memjax.compat.adam_mini import adam_mini
 from memjax.compat.apollo_torch import apollo_adamw
 from memjax.compat.bitsandbytes import adamw8bit
 from memjax.compat.came_pytorch import came
+from memjax.compat.colm import colm
 from memjax.compat.fira import fira_adamw
 from memjax.compat.galore_adafactor import galore_adafactor
 from memjax.compat.galore_torch import galore_adamw
@@ -26,6 +27,7 @@ __all__ = [
   'adamw8bit_ao',
   'apollo_adamw',
   'came',
+  'colm',
   'fira_adamw',
   'galore_adafactor',
   'galore_adamw',

@@ -34,6 +34,7 @@ def choose(
   *,
   coordinates: int = 0,
   budgets: str = 'proportional',
+  nan_similarity: float | None = None,
   everywhere: Callable[[Any], Any] = lambda x: x,
 ) -> Choice:
   """Keeps all examples of small sources, and of the others those that lie in the middle of most.
@@ -52,6 +53,8 @@ def choose(
     small: bool[S], sources of which everything is kept.
     coordinates: h; 0 takes all.
     budgets: How many of each source, see `share_out`; 'none' chooses from all sources as from one.
+    nan_similarity: Takes part in the choice in place of similarities that are not numbers, which
+      those of a whole source are when one feature is not; None leaves such an example out.
     everywhere: Puts arrays on all devices, where the pool is spread over them: what is compared
       is brought together, `B h` numbers, and not the features.
 
@@ -71,13 +74,15 @@ def choose(
   pool, sources = features.shape[0], small.shape[0]
   check_keep(keep, pool)
   kept = small[source]
-  sound = jnp.all(jnp.isfinite(features), axis=1)
+  sound = jnp.all(jnp.isfinite(features), axis=1) | (nan_similarity is not None)
   # Whoever is kept anyway, or cannot be compared, belongs to a group of its own without a budget.
   group = jnp.where(kept | ~sound, sources, 0 if budgets == 'none' else source)
   features = jnp.where((group < sources)[:, None], features, 0)
   group, kept = everywhere((group, kept))
   compared = everywhere(top_coordinates(features, group, sources, coordinates))
   near = similarity(compared, group)
+  if nan_similarity is not None:
+    near = jnp.where(jnp.isnan(near), nan_similarity, near)
   sizes = jnp.bincount(group, length=sources + 1).at[sources].set(0).astype(jnp.int32)
   places = jnp.clip(keep - jnp.sum(kept, dtype=jnp.int32), 0, jnp.sum(sizes))
   turn = facility_location(near, group, share_out(sizes, places, budgets))

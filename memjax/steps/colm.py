@@ -45,6 +45,7 @@ def colm(
   weighted: bool = False,
   leaf: str = 'attn/v/kernel',
   parts: int = 1,
+  nan_similarity: float | None = None,
   eps: float = 1e-3,
   b1: float = 0.9,
   b2: float = 0.999,
@@ -79,6 +80,7 @@ def colm(
     weighted: Whether a medoid counts as often as it is the nearest. The authors found it worse.
     leaf: Path in a block of the weight whose gradients are compared.
     parts: Micro-batches of the forward pass.
+    nan_similarity: See `memjax.data.coreset.choose`.
     eps: Size of the perturbation of an estimate.
     b1: Decay of `mu`.
     b2: Decay of `nu`.
@@ -123,6 +125,7 @@ def colm(
       small,
       coordinates=coordinates,
       budgets=budgets,
+      nan_similarity=nan_similarity,
       everywhere=_everywhere(model),
     )
     mu, nu = _advance(found, chosen.medoids, state, b1, b2)

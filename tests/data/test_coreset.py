@@ -161,6 +161,13 @@ def test_an_example_that_is_not_finite_is_the_last_to_be_chosen():
   assert choose(x, source, keep=4, small=small).rows.tolist() == [0, 1, 3, 4]
 
 
+def test_one_that_is_no_number_may_spoil_its_source_as_published():
+  x = np.array([[np.nan], [1.0], [3.0], [2.0], [7.0], [9.0]], np.float32)
+  source, small = np.array([0, 0, 0, 1, 1, 1]), np.zeros(2, bool)
+  chosen = coreset.choose(x, source, 2, small, nan_similarity=-0.95)
+  assert chosen.rows.tolist() == [2, 4]  # The last of all equals, and a medoid.
+
+
 def test_sources_can_be_ignored():
   x = np.random.default_rng(3).standard_normal((10, 4)).astype(np.float32)
   source, small = np.arange(10) % 2, np.zeros(2, bool)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from memjax import build, checkpoint, config, sharding, weights
+from memjax import build, checkpoint, compat, config, sharding, weights
 from memjax.estimators import per_example
 from memjax.models.cross_entropy import cross_entropy
 from memjax.steps import selected, selectors, whole_tree
@@ -133,6 +133,24 @@ def medoids(features, source, count, coordinates):
     value = lambda a: (d.max() - d)[:, [*chosen, a]].max(axis=1).sum()
     chosen.append(max((a for a in range(len(rows)) if a not in chosen), key=value))
   return rows[chosen].tolist()
+
+
+def test_a_single_direction_is_a_single_number_an_example():
+  """Moments of multiples of one direction: the mean's square over the mean square is the same
+  everywhere, however many pools; of several directions, or new ones, it is not.
+  """
+
+  def spread(chooser):
+    state = begin(chooser)
+    choose, select = jax.jit(chooser.choose), state['select']
+    for _ in range(3):
+      _, select, _ = choose(select, state, POOL)
+    ratio = np.asarray(select.mu, np.float64) ** 2 / np.asarray(select.nu, np.float64)
+    return ratio.std() / ratio.mean()
+
+  official = compat.colm(MODEL, 8, keep_sources='1', sources=3, leaf='v')
+  assert spread(official) < 1e-4
+  assert spread(selector(features='zeroth_order', directions=1)) > 0.1
 
 
 def test_eight_devices_choose_what_one_does():
