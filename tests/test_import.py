@@ -21,7 +21,7 @@ def test_import_loads_no_data_library_tokenizer_or_compiler():
 
 
 def test_the_notebook_examples_of_the_readme_run():
-  code, forward = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  code, forward, adapters = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
   names = {}
   with jax.numpy_rank_promotion('allow'):  # As in a notebook; the tests forbid it.
     exec(code, names)
@@ -32,3 +32,7 @@ def test_the_notebook_examples_of_the_readme_run():
   with jax.numpy_rank_promotion('allow'):
     exec(forward, names)
   assert (names['params']['dense']['kernel'] != before).any()
+  with jax.numpy_rank_promotion('allow'):
+    exec(adapters, names)
+  assert (names['merged']['attn']['kernel'] != names['params']['attn']['kernel']).any()
+  assert (names['merged']['scale'] == 1).all()
