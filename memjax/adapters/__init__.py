@@ -13,6 +13,7 @@ from memjax.adapters.noise import at_rest
 from memjax.adapters.over_time import over_time
 from memjax.adapters.relora import ReLoRA, relora
 from memjax.adapters.rso import RSO
+from memjax.adapters.switchlora import SwitchLoRA
 from memjax.weights import replaced
 from memjax.weights import trained as trainable
 
@@ -22,6 +23,7 @@ __all__ = [
   'LoRA',
   'ReLoRA',
   'Spec',
+  'SwitchLoRA',
   'arguments',
   'at_rest',
   'attach',
@@ -35,7 +37,13 @@ __all__ = [
 ]
 
 # Name in a config -> specification; 'none' is none.
-ADAPTERS = {'none': None, 'lora': LoRA, 'relora': ReLoRA, 'rso': RSO}
+ADAPTERS = {
+  'none': None,
+  'lora': LoRA,
+  'relora': ReLoRA,
+  'rso': RSO,
+  'switchlora': SwitchLoRA,
+}
 
 
 def arguments(name: str) -> dict:

@@ -11,6 +11,7 @@ from memjax.weights.int8 import Int8, dense, quantise
 from memjax.weights.nf4 import NF4, quantise_nf4
 from memjax.weights.offloaded import Offloaded, offloaded
 from memjax.weights.perturbed import LowRank, Perturbed
+from memjax.weights.switched import Switched
 from memjax.weights.trained import replaced, trained
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take, whole
 
@@ -23,6 +24,7 @@ __all__ = [
   'LowRank',
   'Offloaded',
   'Perturbed',
+  'Switched',
   'Weight',
   'dense',
   'dot',
