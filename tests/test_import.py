@@ -12,6 +12,7 @@ README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
 
 def test_import_loads_no_data_library_tokenizer_or_compiler():
   heavy = {'tensorflow', 'grain', 'tokenizers', 'sentencepiece', 'orbax', 'matplotlib', 'libtpu'}
+  heavy |= {'safetensors', 'gguf', 'torch', 'transformers'}
   # Beyond what jax itself loads, which looks for a libtpu.
   code = (
     f'import jax, sys; a = set(sys.modules); import memjax; print({heavy} & set(sys.modules) - a)'

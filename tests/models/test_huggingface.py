@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import make, random_params
 
-from memjax import sharding, weights
+from memjax import adapters, sharding, weights
 from memjax.models import create, huggingface
 from memjax.models.huggingface import checkpoint, families
 from memjax.models.huggingface.family import Rule
@@ -154,6 +154,22 @@ def test_weights_that_are_no_arrays_are_written_as_what_they_stand_for(tmp_path)
   found = np.asarray(loaded['blocks']['mlp']['up']['kernel'])
   np.testing.assert_array_equal(found, np.asarray(weights.materialize(stored)))
   assert (found != dense).any()
+
+
+def test_an_adapter_is_written_as_the_matrix_that_it_makes(tmp_path):
+  model = make()
+  params = random_params(model)
+  spec = adapters.LoRA(rank=2, targets='attn/(q|v)', alpha=8.0)
+  adapted = adapters.attach(params, spec, jax.random.key(0))
+  q = adapted['blocks']['attn']['q']['kernel']
+  b = np.random.default_rng(0).standard_normal(q.b.shape).astype(np.float32)
+  adapted['blocks']['attn']['q']['kernel'] = dataclasses.replace(q, b=jnp.asarray(b))
+  huggingface.save(tmp_path / 'model', model, adapted)
+  _, loaded = huggingface.load(tmp_path / 'model')
+  attn = params['blocks']['attn']
+  expected = np.asarray(attn['q']['kernel']) + 8 / 2 * np.asarray(q.a) @ b
+  np.testing.assert_allclose(loaded['blocks']['attn']['q']['kernel'], expected, atol=1e-5)
+  assert_equal(loaded['blocks']['attn']['v'], attn['v'])
 
 
 # Where parameters end up, and what is held on the way.

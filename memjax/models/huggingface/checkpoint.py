@@ -113,19 +113,24 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 class SafeTensors:
-  """The tensors of safetensors files, which stay on disk."""
+  """The tensors of safetensors files, which stay on disk.
+
+  A file is open while a tensor is read and no longer: it is mapped, and pages that were read count
+  as this process's memory until it is closed.
+  """
 
   def __init__(self, path: pathlib.Path, files: list[pathlib.Path]):
     self.path = path
-    self._open = {file: _open(file) for file in files}
     self.entries = {}
-    for file, handle in self._open.items():
-      for key in handle.keys():  # noqa: SIM118
-        part = handle.get_slice(key)
-        self.entries[key] = Entry(tuple(part.get_shape()), DTYPES.get(part.get_dtype()), file)
+    for file in files:
+      with _open(file) as opened:
+        for key in opened.keys():  # noqa: SIM118
+          part = opened.get_slice(key)
+          self.entries[key] = Entry(tuple(part.get_shape()), DTYPES.get(part.get_dtype()), file)
 
   def read(self, key: str, index: Index) -> np.ndarray:
-    return self._open[self.entries[key].file].get_slice(key)[index]
+    with _open(self.entries[key].file) as opened:
+      return opened.get_slice(key)[index]
 
 
 def _open(file: pathlib.Path):
