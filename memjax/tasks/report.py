@@ -50,6 +50,9 @@ def evaluate_folder(
       f'{folder}: not the work directory of a run; to measure pretrained weights, say on what with '
       '--config=configs/glue.py:task=sst2'
     )
+  else:
+    config = ConfigDict(config.to_dict()).unlock()
+    config.load = str(folder)
   if tasks is None:
     tasks = {config.task.name: {}}
   if not all(tasks):
@@ -63,8 +66,9 @@ def evaluate_folder(
   results = {}
   for name, changes in tasks.items():
     fields = _fields(config, name, changes)
-    results[name] = _measured(fields, config, folder, model, params)
-  report = {'folder': str(folder), 'model': config.model, 'step': step, 'tasks': results}
+    results[name] = _measured(fields, config, model, params)
+  named = config.load or config.model
+  report = {'folder': str(folder), 'model': named, 'step': step, 'tasks': results}
   directory = folder if directory is None and is_run else directory
   if directory is not None:
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
@@ -104,10 +108,10 @@ def _read_run(folder, config, mesh):
 
 
 def _read_pretrained(folder, config, mesh):
-  fields = build.model_fields(config, type(huggingface.describe(folder)))
-  fields['param_dtype'] = config.param_dtype
-  fields['activations'] = sharding.batch_sharding(mesh)
-  return *huggingface.load(folder, config.compute_dtype, mesh=mesh, **fields), None
+  model = build.build_model(config, mesh)
+  fields = {'param_dtype': config.param_dtype, 'activations': sharding.batch_sharding(mesh)}
+  fields |= build.model_fields(config, type(huggingface.describe(folder)))
+  return model, huggingface.load(folder, config.compute_dtype, mesh=mesh, **fields)[1], None
 
 
 def _fields(config, name, changes):
@@ -123,14 +127,11 @@ def _fields(config, name, changes):
   return fields
 
 
-def _measured(fields, config, folder, model, params):
+def _measured(fields, config, model, params):
   from memjax.train import load_data
 
   config = ConfigDict(config.to_dict()).unlock()
   config.task = fields
-  own = folder / 'tokenizer.json'
-  if config.data.tokenizer == 'bpe' and own.is_file():
-    config.data.tokenizer = str(own)
   data = load_data(config, model)
   scores = measure(model, params, data.task, data.test, config.batch_size)
   file = loading.files(data.task, fields)[1] or fields.dev or data.source

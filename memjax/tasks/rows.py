@@ -31,20 +31,24 @@ def read(task: Task, path: str, split: str = '') -> list[Example]:
       outside the range, naming file, line and field.
   """
   if path.startswith('made_up:'):
-    return [example(task, row, where) for where, row in made_up.rows(task, path)]
-  rows = _tfds(path, split) if path.startswith('tfds:') else _file(task, path)
-  examples = []
-  for where, row in rows:
-    try:
-      prepared_rows = list(task.prepare(_renamed(task, row)))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-      raise ValueError(f'{where}: not a row of task {task.name!r} ({error!r})') from error
-    examples += [example(task, r, where) for r in prepared_rows]
+    examples = [example(task, row, where) for where, row in made_up.rows(task, path)]
+  else:
+    rows = _tfds(path, split) if path.startswith('tfds:') else _file(task, path)
+    examples = [e for where, row in rows for e in _examples(task, row, where)]
   if not examples:
     raise ValueError(
       f'{path}: an empty split ({split or "no rows"}), but task {task.name!r} needs examples'
     )
   return examples
+
+
+def _examples(task, row, where):
+  """The examples that one row of a file holds."""
+  try:
+    prepared_rows = list(task.prepare(_renamed(task, row)))
+  except (KeyError, TypeError, AttributeError, IndexError) as error:
+    raise ValueError(f'{where}: not a row of task {task.name!r} ({error!r})') from error
+  return [example(task, r, where) for r in prepared_rows]
 
 
 def _renamed(task, row):
