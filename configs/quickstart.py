@@ -8,7 +8,7 @@ Five minutes on two CPU cores, to a validation loss of 5.02. `:smoke` takes seco
 ends at 4.13 nats a token for AdamW, 4.08 for GaLore and 4.09 with the exact SVD.
 """
 
-from memjax.config import default, optimizer, parse_arg
+from memjax.config import adapter, default, optimizer, parse_arg
 
 _LOW_RANK = dict(learning_rate=0.01, rank=64, refresh_every=50, scale=0.1)
 _LAYERS = 0.05  # Adam's share of the learning rate for the layers, and that of methods of its kind.
@@ -33,9 +33,20 @@ METHODS = {
   'golore': (dict(name='golore', **_LOW_RANK, random_after=500), 1.0),
   'lion': (dict(name='lion', learning_rate=0.001), 0.1),
   'lion8bit': (dict(name='lion8bit', learning_rate=0.001), 0.1),
+  'lora': (dict(name='adamw', learning_rate=0.01), 0.2),
   'muon': (dict(name='muon', learning_rate=0.01), 1.0),
   'q_galore': (dict(name='q_galore', **_LOW_RANK), 1.0),
+  'relora': (dict(name='adamw', learning_rate=0.01), 0.2),
+  'rso': (dict(name='vector_adam', learning_rate=0.01), _LAYERS),
   'sm3': (dict(name='sm3', learning_rate=0.1), 1.0),
+  'switchlora': (dict(name='vector_adam', learning_rate=0.01), 0.2),
+}
+# What is trained in place of the layers' matrices, by methods that are adapters.
+ADAPTERS = {
+  'lora': dict(name='lora', rank=64, rest='.*'),
+  'relora': dict(name='relora', rank=64, every=200),
+  'rso': dict(name='rso', rank=64, every=50),
+  'switchlora': dict(name='switchlora', rank=64, alpha=8.0, descent=100),
 }
 
 
@@ -53,6 +64,12 @@ def get_config(arg=''):
   c.optimizer.learning_rate = arg.learning_rate or c.optimizer.learning_rate
   if arg.smoke and 'rank' in c.optimizer:
     c.optimizer.rank, c.optimizer.refresh_every = 8, 2
+  c.adapter = adapter(**ADAPTERS.get(arg.method, dict(name='none')))
+  if arg.smoke:
+    c.adapter.rank = 8
+  if arg.method == 'relora':
+    every = c.adapter.every = 2 if arg.smoke else 200
+    c.schedule.update(dict(name='jagged', restart_every=every, restart_warmup=every // 10))
 
   c.data.tokenizer = 'bytes' if arg.smoke else 'bpe'
   c.data.max_tokens = 200_000 if arg.smoke else 0

@@ -49,6 +49,16 @@ ZEROTH_ORDER = {
 }
 
 
+# Factors in place of matrices, with the authors' choices: adapter, rank, optimizer, learning rate,
+# updates, sequences of 512 an update. ReLoRA (arXiv 2307.05695), SwitchLoRA (2406.06564); where RSO
+# (2502.07222) prints none, GaLore's.
+RESTARTS = {
+  'relora_llama350m': ('llama_350m', 'relora', 128, 'adamw', 1e-3, 20_000, 1152),
+  'rso_llama1b': ('llama_1b', 'rso', 512, 'vector_adam', 5e-4, 100_000, 512),
+  'switchlora_llama350m': ('llama_350m', 'switchlora', 256, 'vector_adam', 0.02, 40_000, 1152),
+}
+
+
 @pytest.fixture(params=FILES)
 def file(request, monkeypatch):
   monkeypatch.chdir(launch.ROOT)
@@ -60,7 +70,7 @@ def one_device():
 
 
 def test_every_file_is_tested():
-  assert len(FILES) == 2 * len(PUBLISHED) + len(LAYERWISE) + len(ZEROTH_ORDER) + 1
+  assert len(FILES) == 2 * len(PUBLISHED) + len(LAYERWISE) + len(ZEROTH_ORDER) + len(RESTARTS) + 1
 
 
 @pytest.mark.parametrize('arg', ['', ':smoke'])
@@ -112,6 +122,19 @@ def test_recipes_of_values_in_place_of_gradients(name):
   assert o.learning_rate in (1e-6, 1e-7)  # The published grid.
   assert (o.eps, o.weight_decay) == (1e-3, 0.0)
   assert (c.param_dtype, c.rounding) == ('bfloat16', 'stochastic')
+
+
+@pytest.mark.parametrize('name', RESTARTS)
+def test_recipes_of_factors_that_begin_anew(name):
+  c = config_lib.load(str(launch.ROOT / f'configs/{name}.py'))
+  found = c.model, c.adapter.name, c.adapter.rank, c.optimizer.name, c.optimizer.learning_rate
+  assert (*found, c.steps, c.batch_size) == RESTARTS[name]
+  if c.adapter.name == 'relora':
+    s = c.schedule
+    assert (s.name, s.restart_every, s.restart_warmup) == ('jagged', c.adapter.every, 100)
+    assert (c.adapter.every, c.adapter.alpha, c.adapter.prune) == (5000, 32, 'magnitude')
+  if c.adapter.name == 'switchlora':
+    assert (c.adapter.interval, c.adapter.descent, c.adapter.freeze) == (40, 4000, 5)
 
 
 def test_streamed_blocks_are_on_the_host_and_the_rest_is_not():

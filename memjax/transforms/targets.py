@@ -46,9 +46,11 @@ def default_targets(path: str, leaf: Any) -> bool:
   They project every linear layer whose path contains `attn` or `mlp`. This rule gives the same
   choice on memjax's models and needs no such names: a leaf with two axes or more, unless a part of
   its path speaks of an embedding, a norm, a scale, a bias or the output head. Scan-stacked norms
-  and biases `[L, D]` have two axes and are vectors all the same, hence the words.
+  and biases `[L, D]` have two axes and are vectors all the same, hence the words. The factors of an
+  adapted matrix (`kernel/a`, `kernel/b`) are the layer's, as it is.
   """
-  return leaf.ndim >= 2 and not any(_NOT_A_LAYER.search(part) for part in path.split('/'))
+  parts = re.sub('(?<=kernel)/[ab]$', '', path).split('/')
+  return leaf.ndim >= 2 and not any(map(_NOT_A_LAYER.search, parts))
 
 
 _NOT_A_LAYER = re.compile(

@@ -125,6 +125,14 @@ def test_the_proximal_term_is_decoupled_from_the_moments():
     memjax.vector_adam(0.1, eta=-1)
 
 
+def test_factors_learn_at_the_rate_of_the_layers():
+  stacked = jnp.zeros((2, 4, 10))
+  assert memjax.default_targets('blocks/attn/q/kernel/b', stacked)
+  assert memjax.default_targets('blocks/attn/q/kernel/a', stacked)
+  assert not memjax.default_targets('blocks/attn/q/b', stacked)  # A bias by its short name.
+  assert not memjax.default_targets('head/kernel/b', stacked)
+
+
 def test_a_rank_above_a_side_says_what_to_do():
   with pytest.raises(ValueError, match=r'w: rank 11 .* shorter side .* leave the leaf out'):
     adapters.attach({'w': W}, adapters.RSO(rank=11), jax.random.key(0))
