@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -109,6 +110,31 @@ def jit_init(
       return make(params, key)
 
   return read
+
+
+def export(
+  config: ConfigDict, model: Any, params: Any, directory: pathlib.Path, step: int
+) -> pathlib.Path:
+  """Writes a trained model as a Hugging Face folder and returns its path, `directory/model-STEP`.
+
+  What is there already is left alone. The folder that the run started from lends its tokenizer and
+  what its config says beyond the model.
+
+  Args:
+    config: Read for `load`.
+    model: Model, perhaps with a task's loss around it.
+    params: Its parameters as its functions take them; adapted ones are written merged.
+    directory: Work directory of the run.
+    step: Finished updates.
+  """
+  folder = directory / f'model-{step}'
+  # Process 0 may have finished before another looks.
+  if not multihost_utils.broadcast_one_to_all(folder.exists()):
+    source = pathlib.Path(config.load).expanduser()
+    like = source if config.load and source.is_dir() else None
+    # A task may have put its own loss around a decoder.
+    huggingface.save(folder, getattr(model, 'decoder', model), params, like=like)
+  return folder
 
 
 def tokenizer(config: ConfigDict) -> str:

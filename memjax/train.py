@@ -32,7 +32,8 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
   state and metrics lines. SIGTERM saves after the step under way and returns.
 
   Leaves in `directory`: `config.json`, `data.json`, `memory.json`, `metrics.jsonl` and TensorBoard
-  events, `checkpoints/`, and at the end `loss.png` and `sample.txt`.
+  events, `checkpoints/`, at the end `loss.png` and `sample.txt`, and with `config.export`
+  a folder `model-STEP` that `transformers` and `memjax.models.load` read.
 
   Args:
     config: See `memjax.config.default`.
@@ -144,6 +145,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     # ---- What is left for people to look at.
     if primary:
       metrics.plot_loss(directory)
+    if finished == config.steps and config.export:
+      params = parts.view(state['params'])
+      say(f'Wrote {pretrained.export(config, parts.model, params, directory, finished)}')
     if finished == config.steps and config.sample.tokens:
       params = parts.view(state['params'])
       text = sample(config, parts.model, params, dataset.tokenizer)

@@ -110,6 +110,7 @@ def test_a_run_trains_what_it_loaded_with_its_tokenizer(folder, tmp_path):
   c.data.cache_dir = str(tmp_path / 'cache')
   c.data.validation_fraction = 0.5
   c.sample.tokens = 0
+  c.export = True
   assert pretrained.tokenizer(c) == str(folder / 'tokenizer.json')
   done = train.train(c, tmp_path / 'run', devices=jax.devices()[:1])
   model, params = models.load(folder)
@@ -118,6 +119,8 @@ def test_a_run_trains_what_it_loaded_with_its_tokenizer(folder, tmp_path):
   lines = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
   # The same arithmetic, fused differently.
   np.testing.assert_allclose(lines[0]['train/loss'], total / count, rtol=1e-5)
+  assert_equal(models.load(tmp_path / 'run/model-1')[1], done['state']['params'])
+  assert (tmp_path / 'run/model-1/tokenizer.json').exists()
   head = np.asarray(done['state']['params']['head']['kernel'])
   assert (head != np.asarray(params['head']['kernel'])).any()
 

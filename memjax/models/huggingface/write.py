@@ -66,7 +66,8 @@ def save(
       those of the model.
   """
   folder = pathlib.Path(folder).expanduser()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+  if multihost_utils.broadcast_one_to_all(taken):  # Others may look when process 0 has finished.
     raise ValueError(f'{folder} exists already; choose another folder, or delete it')
   like = None if like is None else checkpoint.read_config(pathlib.Path(like).expanduser())
   family = _family(model, like)
