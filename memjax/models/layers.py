@@ -4,6 +4,7 @@ Shapes in this file: `B` sequences of `T` tokens, hidden width `D`, MLP width `F
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,20 @@ from flax import nnx
 from memjax import weights
 from memjax.models.module import declare
 
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact GELU, `x Phi(x)`, in f32 (Hendrycks & Gimpel, 2016).
+
+  By erf where `jax.nn.gelu` takes erfc, which on a CPU costs an MLP two thirds more time, forward
+  and backward. Differs from it by less than 1e-6.
+  """
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS = {
   'relu': jax.nn.relu,
-  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu': gelu,
   'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
 }
 
