@@ -44,7 +44,7 @@ EPOCHS = flags.DEFINE_integer('epochs', 1, 'Passes over the rows.')
 REFERENCES = flags.DEFINE_list('references', [], 'Accuracies to compare with: NAME=NUMBER,...')
 
 BATCH = 32
-LENGTHS = (16, 24, 32, 48, 64)  # Tokens a row; a batch has the least that holds its longest row.
+LENGTHS = (24, 32, 48, 64)  # Tokens a row; a batch has the least that holds its longest row.
 WINDOW = 32  # Batches whose rows are sorted by length together.
 WARMUP = 0.06  # Of the steps; then straight to zero.
 CLIP_NORM = 1.0
