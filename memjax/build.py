@@ -83,7 +83,11 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   placed = sharding.weight_shardings(stored, whole)
   params, dense_shardings = map(weights.dense, map(weights.trained, (stored, placed)))
   layout = sharding.layout(params, dense_shardings)
-  optimizer = lambda schedule: build_transform(config, schedule, layout, model.head_dim)
+
+  def optimizer(schedule):
+    transform = build_transform(config, schedule, layout, model.head_dim)
+    return adapters.optimizer_of(adapter, transform, schedule)
+
   rotation = build_rotation(config, model.layers)
   if rotation is None:
     transform = optimizer(schedule)
@@ -122,7 +126,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   state = _place(state, shardings)
   gradients = shardings | {'params': dense_shardings}
   if rotation is None:
-    train_step = _make_step(config, model, transform, shardings, gradients)
+    loss = _loss(config, model, adapter)
+    train_step = _make_step(config, model, loss, transform, shardings, gradients)
   else:
     train_step = groups.make_train_step(
       model, optimizer, rotation, schedule, shardings=gradients, **_options(config)
@@ -248,17 +253,29 @@ def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Metho
   )
 
 
-def _make_step(config, model, transform, shardings, gradients):
+def _make_step(config, model, loss, transform, shardings, gradients):
   """The step of a config in which no groups take turns; `gradients` shards dense parameters."""
   options = _options(config)
   if config.step == 'zeroth_order':
     key = options['rounding_key']
     arguments = dict(rounding_key=key, shardings=shardings)
-    return zeroth_order.make_train_step(model.loss, transform, **arguments)
+    return zeroth_order.make_train_step(loss, transform, **arguments)
   if config.step == 'layerwise':
     return layerwise.make_train_step(model, transform, shardings=gradients, **options)
   where = config.accumulate_in
-  return whole_tree.make_train_step(model.loss, transform, accumulate_in=where, **options)
+  return whole_tree.make_train_step(loss, transform, accumulate_in=where, **options)
+
+
+def _loss(config, model, adapter):
+  """The model's loss, or the one that an adapter puts in its place."""
+  loss = adapter.loss(model) if hasattr(adapter, 'loss') else model.loss
+  if config.step == 'layerwise' and loss != model.loss:
+    raise ValueError(
+      f"config.adapter {config.adapter.name!r} compares all layers with the original's, of which "
+      "config.step='layerwise' holds one; set config.step='whole_tree', or "
+      'config.adapter.task_share=1.0'
+    )
+  return loss
 
 
 def build_adapter(config: ConfigDict):

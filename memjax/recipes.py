@@ -166,6 +166,29 @@ def llama_zeroth_order(smoke: bool):
   return c
 
 
+def lora_llama7b(smoke: bool):
+  """Returns the config of LLaMA 7B fine-tuned through adapters, without its adapter: sequences of
+  2048 tokens, the layers rematerialised, Adam at a constant learning rate of 1e-4.
+  """
+  c = default()
+  c.model = 'llama_tiny' if smoke else 'llama_7b'
+  c.param_dtype = 'bfloat16'
+  c.compute_dtype = 'bfloat16'
+  c.remat = 'full'
+  c.seq_len = 32 if smoke else 2048
+  c.optimizer = optimizer('adamw', learning_rate=1e-4)
+  c.schedule.name = 'constant'
+  c.schedule.warmup_ratio = 0.03
+  c.data.tokenizer = 'bytes' if smoke else 'bpe'
+  c.data.max_tokens = 200_000 if smoke else 0
+  c.log_every = 1 if smoke else 10
+  c.eval_every = 2 if smoke else 200
+  c.eval_tokens = 1024 if smoke else 1_000_000
+  c.checkpoint.every = 2 if smoke else 200
+  c.sample.tokens = 8 if smoke else 64
+  return c
+
+
 def opt_zeroth_order(size: str, arg: str, step: str):
   """Returns the config of an OPT model fine-tuned with MeZO.
 

@@ -7,12 +7,18 @@ stands for a matrix, and what it does between updates is its `advance`.
 import dataclasses
 
 from memjax.adapters.attach import Spec, attach
+from memjax.adapters.dora import DoRA
+from memjax.adapters.flat_lora import FlatLoRA
 from memjax.adapters.lora import LoRA
+from memjax.adapters.melora import MELoRA
 from memjax.adapters.merge import detach, fold, merge
 from memjax.adapters.noise import at_rest
 from memjax.adapters.over_time import over_time
+from memjax.adapters.pc_lora import PCLoRA, compressed, distilled
+from memjax.adapters.rates import labels, lora_plus, optimizer_of
 from memjax.adapters.relora import ReLoRA, relora
 from memjax.adapters.rso import RSO
+from memjax.adapters.sora import SoRA, ranks
 from memjax.adapters.switchlora import SwitchLoRA
 from memjax.weights import replaced
 from memjax.weights import trained as trainable
@@ -20,17 +26,28 @@ from memjax.weights import trained as trainable
 __all__ = [
   'ADAPTERS',
   'RSO',
+  'DoRA',
+  'FlatLoRA',
   'LoRA',
+  'MELoRA',
+  'PCLoRA',
   'ReLoRA',
+  'SoRA',
   'Spec',
   'SwitchLoRA',
   'arguments',
   'at_rest',
   'attach',
+  'compressed',
   'detach',
+  'distilled',
   'fold',
+  'labels',
+  'lora_plus',
   'merge',
+  'optimizer_of',
   'over_time',
+  'ranks',
   'relora',
   'replaced',
   'trainable',
@@ -39,9 +56,14 @@ __all__ = [
 # Name in a config -> specification; 'none' is none.
 ADAPTERS = {
   'none': None,
+  'dora': DoRA,
+  'flat_lora': FlatLoRA,
   'lora': LoRA,
+  'melora': MELoRA,
+  'pc_lora': PCLoRA,
   'relora': ReLoRA,
   'rso': RSO,
+  'sora': SoRA,
   'switchlora': SwitchLoRA,
 }
 

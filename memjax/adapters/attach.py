@@ -54,6 +54,8 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
   chosen = _targets(named, spec)
   for path in chosen:
     _check(path, named[path], spec.rank)
+    if hasattr(spec, 'check'):
+      spec.check(path, _shape(named[path]).shape[-2:])
   if spec.rest and spec.rest != '.*' and not any(re.search(spec.rest, path) for path in named):
     raise ValueError(f'rest={spec.rest!r} matches no leaf; {nearest(spec.rest, named)}')
 

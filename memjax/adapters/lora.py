@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from memjax import weights
 from memjax.adapters.noise import with_keys
+from memjax.adapters.rates import only
 from memjax.naming import nearest
 from memjax.weights import forms
 
@@ -33,11 +35,13 @@ class LoRA:
     init: 'kaiming' draws A uniformly within `1 / sqrt(m)`, as the official code; 'gaussian' with
       standard deviation `1 / rank`.
     dtype: Of the factors; '' is that of the matrix.
+    rate_ratio: Learning rate of B over that of A, as in LoRA+; 16 is published.
     form: In what order to multiply, a key of `memjax.weights.forms.NAMED`; '' counts operations.
 
   References:
     Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021; Kalajdzievski, `rsLoRA
-    <https://arxiv.org/abs/2312.03732>`_, 2023
+    <https://arxiv.org/abs/2312.03732>`_, 2023; Hayou et al., `LoRA+
+    <https://arxiv.org/abs/2402.12354>`_, 2024
   """
 
   rank: int
@@ -49,12 +53,15 @@ class LoRA:
   init: str = 'kaiming'
   dtype: str = ''
   form: str = ''
+  rate_ratio: float = 1.0
 
   def __post_init__(self):
     if self.init not in INITS:
       raise ValueError(f'init is {self.init!r}, not one of {", ".join(INITS)}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout is {self.dropout}, not a fraction below 1')
+    if self.rate_ratio <= 0:
+      raise ValueError(f'rate_ratio is {self.rate_ratio}; B would not learn, or unlearn')
     if self.form and self.form not in forms.NAMED:
       raise ValueError(f'form {self.form!r} does not exist; {nearest(self.form, forms.NAMED)}')
 
@@ -78,6 +85,15 @@ class LoRA:
       dropout=self.dropout,
       form=forms.NAMED.get(self.form),
     )
+
+  def optimizer(
+    self, transform: optax.GradientTransformation, learning_rate: Any
+  ) -> optax.GradientTransformation:
+    """Returns `transform` with its updates of B at their own rate."""
+    del learning_rate
+    if self.rate_ratio == 1:
+      return transform
+    return optax.chain(transform, only('b', optax.scale(self.rate_ratio)))
 
   def advance(self, state: dict, key: jax.Array) -> dict:
     """Returns the training state with this step's noise."""

@@ -1,5 +1,6 @@
 """From adapted parameters back to plain ones, a matrix at a time."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -61,11 +62,19 @@ def fold(leaf: Any, key: jax.Array | None = None, due: jax.Array | bool = True) 
     one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), leaf)
     old = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), base)
     noise = None if key is None else jax.random.fold_in(key, index)
-    new = add_update(old, one.delta(), noise)
+    new = add_update(old, _above(one, old).delta(), noise)
     write = lambda x, row: jax.lax.dynamic_update_index_in_dim(x, row, index, 0)
     return jax.tree.map(write, base, new)
 
   return jax.lax.fori_loop(0, jnp.where(due, stacked[0], 0), add_layer, leaf.base)
+
+
+def _above(leaf, base):
+  """The leaf over what the loop carries, lest the loop read a second copy of all layers."""
+  inner = getattr(leaf, 'adapted', None)
+  if inner is not None:
+    return dataclasses.replace(leaf, adapted=_above(inner, base))
+  return dataclasses.replace(leaf, base=base)
 
 
 def _base(leaf):

@@ -16,6 +16,7 @@ from memjax.compat.galore_torch_8bit import galore_adamw8bit
 from memjax.compat.lomo_optim import adalomo, lomo
 from memjax.compat.q_galore_torch import q_galore_adamw8bit
 from memjax.compat.relora import relora
+from memjax.compat.sora import sora_threshold
 from memjax.compat.torchao import adamw8bit_ao
 from memjax.compat.transformers_adafactor import adafactor
 
@@ -35,4 +36,5 @@ __all__ = [
   'lomo',
   'q_galore_adamw8bit',
   'relora',
+  'sora_threshold',
 ]

@@ -51,6 +51,7 @@ from memjax.transforms.round_state import round_state as round_state
 from memjax.transforms.rounding import apply_updates as apply_updates
 from memjax.transforms.sm3 import scale_by_sm3 as scale_by_sm3
 from memjax.transforms.sm3 import sm3 as sm3
+from memjax.transforms.soft_threshold import soft_threshold as soft_threshold
 from memjax.transforms.storage import packed as packed
 from memjax.transforms.subspace import project_gradient as project_gradient
 from memjax.transforms.subspace import refresh_subspace as refresh_subspace

@@ -5,6 +5,7 @@ low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model c
 """
 
 from memjax.weights.adapted import Adapted
+from memjax.weights.dora import DoRA
 from memjax.weights.drawn import Drawn
 from memjax.weights.frozen import Frozen, spread
 from memjax.weights.int8 import Int8, dense, quantise
@@ -13,17 +14,24 @@ from memjax.weights.offloaded import Offloaded, offloaded
 from memjax.weights.perturbed import LowRank, Perturbed
 from memjax.weights.switched import Switched
 from memjax.weights.trained import replaced, trained
+from memjax.weights.variants import BlockDiagonal, Fading, Flat, Gated, Product
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take, whole
 
 __all__ = [
   'NF4',
   'Adapted',
+  'BlockDiagonal',
+  'DoRA',
   'Drawn',
+  'Fading',
+  'Flat',
   'Frozen',
+  'Gated',
   'Int8',
   'LowRank',
   'Offloaded',
   'Perturbed',
+  'Product',
   'Switched',
   'Weight',
   'dense',
