@@ -32,8 +32,8 @@ def decode(
   """Continues prompts by sampling, as one compiled program that runs each token once.
 
   Gives the tokens of `memjax.models.generate` from the same key. Keeps `2 L B S K H` numbers in
-  the model's dtype beside the parameters, and updates them in place. Ends as soon as every row has
-  stopped.
+  the model's dtype beside the parameters, updated in place, and those of one layer again while it
+  is read. Ends as soon as every row has stopped.
 
   Args:
     model: A decoder, such as `memjax.models.Llama`.
@@ -101,23 +101,21 @@ def decode(
 def _forward(model, params, tokens, positions, cache, allowed, slot):
   """Returns hidden states `[B, t, D]` after the last block, and the cache with these tokens in it.
 
-  The cache is carried from layer to layer and not cut up and stacked again, which would copy it.
+  Layers only read the cache, and what all of them leave goes in at once: a cache that is carried
+  through their loop is copied before it.
   """
   x = _call(model.embed, params, tokens, positions=positions)
 
-  def block(carry, part):
-    x, keys, values = carry
-    index, layer = part
-    here = Cache(keys[index], values[index], allowed, slot)
+  def block(x, part):
+    layer, keys, values = part
+    here = Cache(keys, values, allowed, slot)
     x = _call(model.block, layer, x, positions=positions, mask=here)
-    place = (index, 0, 0 if slot is None else slot, 0, 0)
-    keys = jax.lax.dynamic_update_slice(keys, here.key.astype(keys.dtype)[None], place)
-    values = jax.lax.dynamic_update_slice(values, here.value.astype(values.dtype)[None], place)
-    return (x, keys, values), None
+    return x, (here.key, here.value)
 
-  layers = (jnp.arange(model.layers), params['blocks'])
-  (x, *cache), _ = jax.lax.scan(block, (x, *cache), layers)
-  return x, tuple(cache)
+  x, left = jax.lax.scan(block, x, (params['blocks'], *cache))
+  place = (0, 0, 0 if slot is None else slot, 0, 0)
+  put = lambda whole, new: jax.lax.dynamic_update_slice(whole, new.astype(whole.dtype), place)
+  return x, tuple(map(put, cache, left))
 
 
 def _call(piece, *args, **named):
