@@ -332,11 +332,16 @@ def build_model(config: ConfigDict, mesh: Mesh):
     ValueError: for an unknown model or field, a folder that holds none, or a task that the model
       cannot do.
   """
+  return for_task(config, bare_model(config, **_run_fields(config, mesh)))
+
+
+def bare_model(config: ConfigDict, **fields):
+  """Returns the model of a config without the loss of a task; `fields` are those to set."""
   if config.load:
-    return for_task(config, huggingface.describe(config.load, **_loaded_fields(config, mesh)))
+    family = type(huggingface.describe(config.load))
+    return huggingface.describe(config.load, **fields | model_fields(config, family))
   family = models.PRESETS.get(config.model, (None,))[0]
-  fields = _run_fields(config, mesh) | model_fields(config, family)
-  return for_task(config, models.create(config.model, **fields))
+  return models.create(config.model, **fields | model_fields(config, family))
 
 
 def _run_fields(config, mesh):

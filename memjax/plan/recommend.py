@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from memjax import build, models, optimizers
+from memjax import build, optimizers
 from memjax import config as config_lib
 from memjax.models.remat import POLICIES
 from memjax.plan import compiler, work
@@ -117,7 +117,7 @@ def with_method(config: ConfigDict, name: str) -> ConfigDict:
   """
   if config.optimizer.name == name:
     return config
-  model = models.create(config.model, **config.model_args.to_dict())
+  model = build.bare_model(config)
   known = optimizers.arguments(name)
   fitting = {  # As published: a quarter of the width, four fifths of the run.
     'rank': max(1, model.hidden // 4),
@@ -165,7 +165,7 @@ def _methods(config) -> list[str]:
 
 
 def _state_numbers(config) -> int:
-  params = models.create(config.model, **config.model_args.to_dict()).abstract()
+  params = build.bare_model(config).abstract()
   state = jax.eval_shape(build.build_transform(config, 0.0).init, params)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
