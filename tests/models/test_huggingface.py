@@ -185,13 +185,14 @@ def test_every_device_reads_its_own_part(folder, monkeypatch):
     return part
 
   monkeypatch.setattr(checkpoint.SafeTensors, 'read', noted)
-  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   _, params = huggingface.load(folder, mesh=mesh)
   assert_equal(params, random_params(model))
   expected = sharding.param_shardings(model.abstract(), model.SHARDING, mesh)
   same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), params, expected)
   assert all(jax.tree.leaves(same))
-  assert {size for key, size in sizes if 'up_proj' in key} == {32 * 48 // 8}
+  # Four parts of each layer, each read once though two devices hold it.
+  assert [size for key, size in sizes if 'up_proj' in key] == 2 * 4 * [32 * 48 // 4]
 
 
 def test_parameters_can_go_to_host_memory(folder):
@@ -247,6 +248,11 @@ def only_pickle(folder):
   (folder / 'pytorch_model.bin').write_bytes(b'')
 
 
+def only_gguf(folder):
+  (folder / 'config.json').unlink()
+  (folder / 'llama.gguf').write_bytes(b'')
+
+
 def lose_a_file(folder):
   (folder / 'model.safetensors').unlink()
   index = {'weight_map': {'model.norm.weight': 'model-00001-of-00002.safetensors'}}
@@ -270,18 +276,20 @@ DAMAGES = {
     r"config.json: 'arch.*'LlamaForCausalLM'",
   ),
   'unknown_type': (config(architectures=..., model_type='lama'), r"'lama'.* nearest is 'llama'"),
+  'sizes': (config(num_key_value_heads=3), r'config.json: heads 4 is not a multiple of kv_heads 3'),
   'missing_field': (config(hidden_size=...), r"config.json: 'hidden_size' is missing"),
   'activation': (config(hidden_act='gelu'), r"config.json: 'hidden_act' is 'gelu'"),
   'biases': (config(attention_bias=True), r"config.json: 'attention_bias' is True"),
   'rotation': (config(rope_scaling={'type': 'yarn'}), r"config.json: 'rope_scaling' .*'yarn'"),
   'rotation_field': (config(rope_scaling={'rope_type': 'llama3'}), r"rope_scaling'?: 'factor' is"),
   'truncated': (truncate, r'model.safetensors \([\d,]+ bytes\) is not a whole'),
-  'pickle': (only_pickle, r'pytorch_model.bin .* convert it once: python'),
+  'pickle': (only_pickle, r'pytorch_model.bin .*once: python .* import LlamaForCausalLM'),
   'lost_file': (lose_a_file, r'index.json names model-00001-of-00002.safetensors, which is not'),
   'no_weights': (
     lambda f: (f / 'model.safetensors').unlink(),
     r'has neither model.safetensors nor',
   ),
+  'gguf': (only_gguf, r'has no config.json; its llama.gguf is loaded by its own path'),
   'no_config': (lambda f: (f / 'config.json').unlink(), r'has no config.json'),
   'no_json': (lambda f: (f / 'config.json').write_text('{'), r'config.json is not JSON'),
 }

@@ -60,7 +60,7 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
       reads; names the file and the way out.
   """
   config = read_config(folder)
-  return Checkpoint(config, SafeTensors(folder, _files(folder)))
+  return Checkpoint(config, SafeTensors(folder, _files(folder, config)))
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -73,9 +73,13 @@ def read_config(folder: pathlib.Path) -> Config:
     raise ValueError(f'there is no folder {str(folder)!r}')
   path = folder / CONFIG
   if not path.is_file():
-    raise ValueError(
-      f'{folder} has no {CONFIG}; a folder that `save_pretrained` of transformers wrote has one'
+    ggufs = sorted(folder.glob('*.gguf'))
+    hint = (
+      f'its {ggufs[0].name} is loaded by its own path'
+      if ggufs
+      else ('a folder that `save_pretrained` of transformers wrote has one')
     )
+    raise ValueError(f'{folder} has no {CONFIG}; {hint}')
   return Config(_read_json(path), path)
 
 
@@ -89,7 +93,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _files(folder: pathlib.Path, config: Config) -> list[pathlib.Path]:
   """The safetensors files of a folder, all of them there."""
   if (folder / INDEX).is_file():
     named = _read_json(folder / INDEX).get('weight_map')
@@ -104,10 +108,11 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / WEIGHTS]
   pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
   if pickles:
+    model = (config.get('architectures') or ['AutoModel'])[0]
     raise ValueError(
       f'{folder} has {pickles[0]} and no {WEIGHTS}. Reading a pickle runs what is in it, so it is '
-      'not done here; where you trust it, convert it once: python -c "from transformers import '
-      f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+      f'not done here; where you trust it, convert it once: python -c "from transformers import '
+      f"{model} as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )
   raise ValueError(f'{folder} has neither {WEIGHTS} nor {INDEX}')
 

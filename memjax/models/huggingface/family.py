@@ -175,7 +175,7 @@ class Config(dict):
     Raises:
       ValueError: naming the file, the field and what it may be.
     """
-    value = self.get(field, known[0])
+    value = self.either(field, known[0])
     if value not in known:
       allowed = ' or '.join(map(repr, known))
       raise ValueError(

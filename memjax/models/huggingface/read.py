@@ -9,6 +9,7 @@ import functools
 import pathlib
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from memjax import sharding as sharding_lib
 from memjax.models.huggingface import families
 from memjax.models.huggingface.checkpoint import Checkpoint, Tensors, open_folder
-from memjax.models.huggingface.family import BLOCKS, Family, Index, Name, Shape
+from memjax.models.huggingface.family import BLOCKS, Config, Family, Index, Name, Shape
 from memjax.naming import nearest, path_string
 
 
@@ -174,13 +175,22 @@ def _open(path: str | pathlib.Path) -> Checkpoint:
 
 def _model(checkpoint: Checkpoint, dtype: Any, fields: dict[str, Any]) -> tuple[Family, Any]:
   family = families.of_config(checkpoint.config)
-  model = family.to_model(checkpoint.config)
+  model = _to_model(family, checkpoint.config)
   known = [field.name for field in dataclasses.fields(model)]
   for field in fields:
     if field not in known:
       raise ValueError(f'{type(model).__name__} has no field {field!r}; {nearest(field, known)}')
   dtype = jnp.dtype(_main_dtype(checkpoint.tensors) if dtype is None else dtype)
   return family, dataclasses.replace(model, **{'dtype': dtype, 'param_dtype': dtype, **fields})
+
+
+def _to_model(family: Family, config: Config) -> Any:
+  try:
+    return family.to_model(config)
+  except ValueError as e:  # Of sizes that do not fit together a model says all but where they are.
+    if str(config.path) in str(e):
+      raise
+    raise ValueError(f'{config.path}: {e}') from e
 
 
 def _main_dtype(tensors: Tensors) -> np.dtype:
@@ -219,7 +229,7 @@ def _read(tensors: Tensors, tensor: Tensor, leaf: jax.ShapeDtypeStruct, sharding
   """Returns one leaf where it belongs."""
   part = functools.partial(_part, tensors, tensor.name, dtype=leaf.dtype)
   if not tensor.name.path.startswith(BLOCKS):
-    read = functools.partial(part, tensor.keys[0], leaf.shape)
+    read = _once(functools.partial(part, tensor.keys[0], leaf.shape))
     return jax.make_array_from_callback(leaf.shape, sharding, read)
   layer_shape = leaf.shape[1:]
   if _in_host(sharding):
@@ -237,7 +247,7 @@ def _read(tensors: Tensors, tensor: Tensor, leaf: jax.ShapeDtypeStruct, sharding
   zeros, put = _stacking(leaf.shape, leaf.dtype, sharding)
   stack, layer_sharding = zeros(), _of_layer(sharding)
   for i, key in enumerate(tensor.keys):
-    read = functools.partial(part, key, layer_shape)
+    read = _once(functools.partial(part, key, layer_shape))
     layer = jax.make_array_from_callback(layer_shape, layer_sharding, read)
     # Waited for, or a reader faster than the device would fill host memory with layers in transit.
     stack = put(stack, layer, np.int32(i)).block_until_ready()
@@ -250,6 +260,19 @@ def _part(
   """Returns part of one of our leaves, of one layer where it is stacked."""
   part = tensors.read(key, name.rule.index(index, shape))
   return np.ascontiguousarray(part.T if name.rule.transpose else part).astype(dtype, copy=False)
+
+
+def _once(read: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
+  """Returns a function of an index that reads once what several devices hold."""
+  parts = {}
+
+  def part(index):
+    spans = tuple((span.start, span.stop) for span in index)
+    if spans not in parts:
+      parts[spans] = read(index)
+    return parts[spans]
+
+  return part
 
 
 @functools.lru_cache(maxsize=64)
