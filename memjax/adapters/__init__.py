@@ -15,6 +15,7 @@ from memjax.adapters.merge import detach, fold, merge
 from memjax.adapters.noise import at_rest
 from memjax.adapters.over_time import over_time
 from memjax.adapters.pc_lora import PCLoRA, compressed, distilled
+from memjax.adapters.peft import load_peft, save_peft
 from memjax.adapters.rates import labels, lora_plus, optimizer_of
 from memjax.adapters.relora import ReLoRA, relora
 from memjax.adapters.rso import RSO
@@ -43,6 +44,7 @@ __all__ = [
   'distilled',
   'fold',
   'labels',
+  'load_peft',
   'lora_plus',
   'merge',
   'optimizer_of',
@@ -50,6 +52,7 @@ __all__ = [
   'ranks',
   'relora',
   'replaced',
+  'save_peft',
   'trainable',
 ]
 
