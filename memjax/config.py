@@ -121,7 +121,7 @@ def default() -> ConfigDict:
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # Devices an axis; -1 takes what is left.
   c.cpu_devices = 0  # Virtual devices where there is no accelerator; 0 leaves JAX its choice.
   c.export = False  # Whether the end leaves WORKDIR/model-STEP, a folder that transformers loads.
-  c.sample = ConfigDict(dict(prompt='def ', tokens=64, temperature=0.8))  # Drawn at the end.
+  c.sample = ConfigDict(dict(prompt='def ', tokens=64, temperature=0.8))  # After text, not tasks.
   return c.lock()
 
 

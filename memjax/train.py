@@ -148,7 +148,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     if finished == config.steps and config.export:
       params = parts.view(state['params'])
       say(f'Wrote {pretrained.export(config, parts.model, params, directory, finished)}')
-    if finished == config.steps and config.sample.tokens:
+    if finished == config.steps and config.sample.tokens and not config.task.name:
       params = parts.view(state['params'])
       text = sample(config, parts.model, params, dataset.tokenizer)
       say(escape(text))

@@ -124,7 +124,6 @@ def glue(arg) -> ConfigDict:
     rest='head/.*',
   )
   c.schedule.name, c.schedule.warmup_ratio, c.schedule.final_ratio = 'linear', 0.0, 0.0
-  c.sample.tokens = 0
   c.log_every, c.eval_every, c.checkpoint.every = 10, 500, 500
   if arg.smoke:
     try_out(c, arg.task)
@@ -157,7 +156,6 @@ def mezo_opt(arg) -> ConfigDict:
     log_steps=c.steps,
   )
   c.schedule.name, c.schedule.warmup_ratio = 'constant', 0.0
-  c.sample.tokens = 0
   c.log_every, c.eval_every, c.checkpoint.every = 10, 4000, 4000
   if arg.smoke:
     try_out(c, arg.task)
@@ -174,9 +172,9 @@ def instruct(arg) -> ConfigDict:
   c.param_dtype = c.compute_dtype = 'bfloat16'
   c.remat = 'full'
   c.steps, c.batch_size, c.accumulate, c.seq_len = 1024, 64, 8, 512
-  use_method(c, arg.method, arg.learning_rate or 2e-5, rank=arg.rank, alpha=4.0 * arg.rank)
+  rank = min(arg.rank, 8) if arg.smoke else arg.rank
+  use_method(c, arg.method, arg.learning_rate or 2e-5, rank=rank, alpha=4.0 * rank)
   c.schedule.name, c.schedule.warmup_ratio, c.schedule.final_ratio = 'linear', 0.03, 0.0
-  c.sample.tokens = 0
   c.log_every, c.eval_every, c.checkpoint.every = 10, 256, 256
   if arg.smoke:
     try_out(c, 'instruct')

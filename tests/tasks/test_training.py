@@ -159,7 +159,7 @@ def run(tmp_path_factory):
   directory = tmp_path_factory.mktemp('glue')
   c = config_lib.load(f'{GLUE}:smoke,method=adamw').unlock()
   c.model_args.layers, c.model_args.hidden, c.model_args.intermediate = 1, 16, 16
-  result = train(c, directory, devices=jax.devices()[:1])
+  result = train(c, directory, devices=jax.devices()[:2])
   return directory, result
 
 
