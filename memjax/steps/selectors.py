@@ -18,6 +18,7 @@ def fields() -> dict:
     keep=0,  # Sequences of a pool that are trained on.
     features='exact',  # Of colm: gradients of the last value projection; or 'zeroth_order'.
     directions=64,  # Of zeroth-order features.
+    redraw=True,  # Whether every pool has new ones; the published code has one for the whole run.
     coordinates=2560,  # That two examples are compared by, the largest of their source.
     budgets='proportional',  # How many of each source; or 'balanced', or 'none', not by source.
     sources=16,  # At most; a batch's `source` counts them from 0.
