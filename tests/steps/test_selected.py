@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -264,3 +265,19 @@ def test_a_config_that_cannot_choose_is_refused():
   c.select.update(name='colm', keep=4, sources=2)
   with pytest.raises(ValueError, match='the data has 3 sources, a, b, c; set config'):
     selectors.check_sources(c, ('a', 'b', 'c'))
+
+
+def test_the_published_recipe():
+  c = config.load(str(pathlib.Path(__file__).parents[2] / 'configs/colm_phi2.py'))
+  assert (c.model, c.batch_size, c.select.keep, c.seq_len, c.steps) == ('phi_2', 128, 64, 512, 1024)
+  assert (c.adapter.rank, c.adapter.alpha, c.adapter.dropout) == (128, 512, 0.05)
+  assert (c.optimizer.learning_rate, c.schedule.name, c.schedule.warmup_ratio) == (
+    2e-5,
+    'linear',
+    0.03,
+  )
+  state = build.build(c, sharding.make_mesh(devices=jax.devices()[:1])).state
+  assert state['select'].mu.shape == (327_680,)  # As the paper says of the last value projection.
+  trained = weights.trained(state['params'])['blocks']
+  assert {name for name, leaf in trained['attn'].items() if leaf['kernel']} == set('qkv')
+  assert {name for name, leaf in trained['mlp'].items() if leaf['kernel']} == {'up', 'down'}
