@@ -1,5 +1,6 @@
 """Every config file loads and builds at full size as shapes; `:smoke` trains."""
 
+import math
 import pathlib
 import runpy
 
@@ -58,6 +59,13 @@ RESTARTS = {
   'switchlora_llama350m': ('llama_350m', 'switchlora', 256, 'vector_adam', 0.02, 40_000, 1152),
 }
 
+# Factors beside a frozen model. JORA (arXiv 2403.11366) and QLoRA (2305.14314, appendix B.2), with
+# rank 16: model, weights, targets, learning rate, clip norm, sequences an update, updates.
+FROZEN = {
+  'lora_llama7b_tp': ('llama_7b', 'dense', 'attn/(q|v)/', 1e-4, 0.0, 8, 1000),
+  'qlora_llama7b': ('llama_7b', 'nf4', '', 2e-4, 0.3, 16, 1875),
+}
+
 
 # Their choices are tested in tests/tasks/test_recipes.py.
 ON_TASKS = ('glue', 'instruct', 'mezo_opt')
@@ -74,14 +82,15 @@ def one_device():
 
 
 def test_every_file_is_tested():
-  tables = (PUBLISHED, PUBLISHED, LAYERWISE, ZEROTH_ORDER, RESTARTS, ON_TASKS)
+  tables = (PUBLISHED, PUBLISHED, LAYERWISE, ZEROTH_ORDER, RESTARTS, FROZEN, ON_TASKS)
   assert len(FILES) == sum(map(len, tables)) + 1
 
 
 @pytest.mark.parametrize('arg', ['', ':smoke'])
 def test_a_config_file_loads_and_builds_as_shapes(file, arg):
   c = config_lib.load(file + arg)
-  mesh = sharding.make_mesh(data=1, fsdp=-1)
+  devices = jax.devices()[: math.gcd(8, c.batch_size // c.accumulate)]
+  mesh = sharding.make_mesh(data=1, fsdp=-1, devices=devices)
   parts = build(c, mesh)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.state))
   assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(parts.state))
@@ -140,6 +149,33 @@ def test_recipes_of_factors_that_begin_anew(name):
     assert (c.adapter.every, c.adapter.alpha, c.adapter.prune) == (5000, 32, 'magnitude')
   if c.adapter.name == 'switchlora':
     assert (c.adapter.interval, c.adapter.descent, c.adapter.freeze) == (40, 4000, 5)
+
+
+@pytest.mark.parametrize('name', FROZEN)
+def test_recipes_of_factors_beside_a_frozen_model(name):
+  c = config_lib.load(str(launch.ROOT / f'configs/{name}.py'))
+  o, a = c.optimizer, c.adapter
+  found = c.model, c.weights, a.targets, o.learning_rate, c.clip_norm, c.batch_size, c.steps
+  assert found == FROZEN[name]
+  assert (a.name, a.rank, a.alpha, c.seq_len, c.remat) == ('lora', 16, 16, 2048, 'full')
+
+
+def test_weights_in_4_bits_are_not_trained_themselves():
+  c = config_lib.load(str(launch.ROOT / 'configs/qlora_llama7b.py:smoke'))
+  c.unlock().adapter = config_lib.adapter('none')
+  with pytest.raises(ValueError, match=r"weights='nf4' holds weights that stay .*name='lora'"):
+    config_lib.validate(c)
+
+
+@pytest.mark.slow
+def test_weights_in_4_bits_stay_while_factors_train(tmp_path):
+  c = config_lib.load(str(launch.ROOT / 'configs/qlora_llama7b.py:smoke'))
+  c.eval_every, c.sample.tokens = 0, 0
+  state = train(c, tmp_path, devices=jax.devices()[:1])['state']
+  losses = [*launch.losses(tmp_path).values()]
+  assert losses[-1] < losses[0] < 6.6  # ln 512 = 6.24, and what the initial weights add.
+  kernel = state['params']['blocks']['mlp']['up']['kernel']
+  assert (kernel.base.codes.dtype, kernel.a.dtype) == ('uint8', 'float32')
 
 
 def test_streamed_blocks_are_on_the_host_and_the_rest_is_not():
