@@ -1,28 +1,38 @@
 """The tokenizer inside a GGUF file, as a `tokenizer.json`."""
 
-import json
 import pathlib
 import types
+from typing import NamedTuple
 
 from memjax.models.huggingface.gguf import metadata, open_reader
 from memjax.naming import nearest
 
-# What text is cut into before pieces are merged, by `tokenizer.ggml.pre`.
-LLAMA3 = (
+CONTROL, USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` of pieces that text is never cut into.
+WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
-QWEN2 = LLAMA3.replace('{1,3}', '')
+
+
+class Cut(NamedTuple):
+  """What becomes of text before pieces are merged."""
+
+  pattern: str | None = None  # Of one word; None is GPT-2's.
+  digits: bool = False  # Whether each digit stands alone.
+  whole: bool = False  # Whether a word that is a piece is taken as it is, without merging.
+  normalise: bool = False  # To Unicode's NFC.
+
+
+# `tokenizer.ggml.pre` -> as in the models' own tokenizer.json.
 CUTS = types.MappingProxyType(
   {
-    'default': None,
-    'gpt-2': None,
-    'smollm': 'digits',
-    'llama-bpe': LLAMA3,
-    'qwen2': QWEN2,
+    'default': Cut(),
+    'gpt-2': Cut(),
+    'smollm': Cut(digits=True),
+    'llama-bpe': Cut(WORDS, whole=True),
+    'qwen2': Cut(WORDS.replace('{1,3}', ''), normalise=True),
   }
 )
-CONTROL, USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` of pieces that text never is cut into.
 
 
 def tokenizer_json(path: pathlib.Path) -> tuple[str, int]:
@@ -30,44 +40,58 @@ def tokenizer_json(path: pathlib.Path) -> tuple[str, int]:
 
   Raises:
     ImportError: without the package `gguf`.
-    ValueError: for a file without a byte-level BPE, or one that cuts text in a way unknown here.
+    ValueError: for a file without a byte-level BPE or the end of a document, or one that cuts text
+      in a way unknown here.
   """
   import tokenizers
 
   reader = open_reader(path)
   field = lambda name, default=None: metadata(reader, f'tokenizer.ggml.{name}', default)
+  instead = "give the model's tokenizer.json or tokenizer.model as config.data.tokenizer"
   if field('model') != 'gpt2':
     raise ValueError(
-      f"{path}: 'tokenizer.ggml.model' is {field('model')!r}; only byte-level BPE, 'gpt2', is read "
-      "here. Give the model's tokenizer.json or tokenizer.model as config.data.tokenizer"
+      f"{path}: 'tokenizer.ggml.model' is {field('model')!r}, and only byte-level BPE, 'gpt2', is "
+      f'read here; {instead}'
     )
-  cut = field('pre', 'default')
-  if cut not in CUTS:
+  pre = field('pre', 'default')
+  if pre not in CUTS:
     raise ValueError(
-      f"{path}: 'tokenizer.ggml.pre' {cut!r} is not known; {nearest(cut, CUTS)}. Give the model's "
-      'tokenizer.json as config.data.tokenizer'
+      f"{path}: 'tokenizer.ggml.pre' {pre!r} is not known; {nearest(pre, CUTS)}; {instead}"
     )
-  pieces, types_ = field('tokens'), field('token_type', [])
-  merges = [tuple(merge.split(' ')) for merge in field('merges')]
-  vocab = {piece: i for i, piece in enumerate(pieces)}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-  tokenizer.pre_tokenizer = _pre_tokenizer(CUTS[cut])
+  if field('eos_token_id') is None:
+    raise ValueError(f"{path}: 'tokenizer.ggml.eos_token_id' is missing; {instead}")
+  cut, pieces, kinds = CUTS[pre], field('tokens'), field('token_type', [])
+  model = tokenizers.models.BPE(
+    vocab={piece: i for i, piece in enumerate(pieces)},
+    merges=[tuple(merge.split(' ')) for merge in field('merges')],
+    ignore_merges=cut.whole,
+  )
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = _pre_tokenizer(cut)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-    added = [piece for piece, found in zip(pieces, types_) if found == kind]
+  if cut.normalise:
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+  for kind in (CONTROL, USER_DEFINED):
+    special = kind == CONTROL
+    added = [piece for piece, found in zip(pieces, kinds) if found == kind]
     add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
     add([tokenizers.AddedToken(piece, special=special, normalized=False) for piece in added])
-  return json.dumps(json.loads(tokenizer.to_str())), field('eos_token_id')
+  if field('add_bos_token', False):
+    first = pieces[field('bos_token_id')]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single=[first, '$A'],
+      pair=[first, '$A', '$B'],
+      special_tokens=[(first, field('bos_token_id'))],
+    )
+  return tokenizer.to_str(), field('eos_token_id')
 
 
-def _pre_tokenizer(cut: str | None):
-  from tokenizers import Regex, pre_tokenizers
+def _pre_tokenizer(cut: Cut):
+  from tokenizers import Regex
+  from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-  if cut is None:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-  if cut == 'digits':  # Each digit alone.
-    parts = [pre_tokenizers.Digits(individual_digits=True)]
-    return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-  split = pre_tokenizers.Split(Regex(cut), 'isolated', invert=False)
-  bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  return pre_tokenizers.Sequence([split, bytes_])
+  parts = [Digits(individual_digits=True)] if cut.digits else []
+  if cut.pattern is not None:
+    parts.append(Split(Regex(cut.pattern), 'isolated', invert=False))
+  gpt2 = cut.pattern is None
+  return Sequence([*parts, ByteLevel(add_prefix_space=False, use_regex=gpt2)])

@@ -1,6 +1,7 @@
 """GGUF files with known blocks in every form that is read, and what is said of others."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,9 @@ def write_tokenizer(path, **fields):
   writer.add_token_types([3, 3] + [1] * (len(pieces) - 2))
   writer.add_token_merges(merges)
   writer.add_eos_token_id(0)
+  if 'bos' in fields:
+    writer.add_bos_token_id(fields['bos'])
+    writer.add_add_bos_token(True)
   for add in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
     add()
   return pieces
@@ -244,6 +248,23 @@ def test_text_is_cut_into_the_pieces_of_the_file(tmp_path):
   assert (json.loads(text)['model']['type'], eos) == ('BPE', 0)
   with pytest.raises(ValueError, match=r"model.gguf' has token ids up to 9, .*vocab_size=9"):
     open_tokenizer(str(tmp_path / 'model.gguf'), None, vocab_size=9, cache_dir=tmp_path)
+
+
+def test_words_are_cut_as_the_file_says(tmp_path):
+  pieces = write_tokenizer(tmp_path / 'model.gguf', pre='llama-bpe', bos=1)
+  cut = open_tokenizer(str(tmp_path / 'model.gguf'), None, vocab_size=10, cache_dir=tmp_path)
+  assert cut.frame.first == (1,)
+  # The text's pieces are those of the file, and what is put before them is not of the text.
+  assert [pieces[i] for i in cut.encode(' ab1c')] == ['\u0120ab', '1', 'c']
+  text, _ = tokenizer_json(tmp_path / 'model.gguf')
+  assert json.loads(text)['model']['ignore_merges']
+
+
+def test_without_the_package_it_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gguf', None)
+  (tmp_path / 'model.gguf').write_bytes(b'GGUF')
+  with pytest.raises(ImportError, match=r"pip install 'memjax\[gguf\]'"):
+    load(tmp_path / 'model.gguf')
 
 
 @pytest.mark.parametrize(('field', 'value'), [('model', 'llama'), ('pre', 'qwen3')])
