@@ -82,6 +82,7 @@ def test_a_batch_weighs_the_options_tokens_alone():
     'tokens': ('int32', (2, 6)),
     'targets': ('int32', (2, 6)),
     'weights': ('float32', (2, 6)),
+    'source': ('int32', (2,)),
   }
 
 
