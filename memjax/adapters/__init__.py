@@ -1,7 +1,8 @@
 """Methods that live in adapted weights over time: LoRA and what grew from it.
 
 A method is a `Spec`, a frozen dataclass of numbers and words: `attach` asks it for the leaf that
-stands for a matrix, and what it does between updates is its `advance`.
+stands for a matrix, and what it does between updates is its `advance`, which gives noise, or its
+`restart`, which merges or switches.
 """
 
 import dataclasses

@@ -70,6 +70,8 @@ def _products(form, t, m, n, r, a) -> dict[str, tuple[int, int, int]]:
     forward |= {'x A': (t, m, r), '(x A) B': (t, r, n)}
   else:
     forward |= {'A B': (m, r, n)}
+  if not a and form.b == 'rows':
+    forward |= {'x A': (t, m, r)}  # Kept in place of x.
   backward = {'dY W': (t, n, m)}
   if form.x == 'split':
     backward |= {"dY B'": (t, n, r), "(dY B') A'": (t, r, m)}
@@ -80,7 +82,6 @@ def _products(form, t, m, n, r, a) -> dict[str, tuple[int, int, int]]:
   elif a:
     backward |= {"x' dY": (m, t, n), "(x' dY) B'": (m, n, r)}
   if form.b == 'rows':
-    # Where A is not trained, x A is kept in place of x.
     backward |= {'x A, again': (t, m, r)} if a else {}
     backward |= {"(x A)' dY": (r, t, n)}
   else:

@@ -67,6 +67,9 @@ TRANSFORMS = {
     _low_rank(lambda: transforms.scale_by_adafactor(min_dim_size_to_factor=1)),
     lambda m, n: RANK * min(m, n) + RANK + max(m, n),
   ),
+  'vector_adam': Entry(
+    lambda: in_float32(transforms.scale_by_vector_adam()), lambda m, n: 2 * m * n, projects=False
+  ),
   'adafactor': Entry(
     lambda: transforms.scale_by_adafactor(min_dim_size_to_factor=12),
     lambda m, n: m + n,
