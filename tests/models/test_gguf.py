@@ -182,6 +182,14 @@ def test_qwen_has_biases_and_its_own_order_of_rows(tmp_path):
   same(params['head']['kernel'], 'output', turn=True)
 
 
+def test_a_field_that_is_missing_is_named(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'model.gguf', 'llama')
+  for add in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+    add()
+  with pytest.raises(ValueError, match=r"model.gguf: 'hidden_size' is missing"):
+    load(tmp_path / 'model.gguf')
+
+
 def test_scaled_rotations_are_recognised(tmp_path):
   scaling = RopeScaling(factor=32.0)
   factors = frequencies(H, 100_000.0) / frequencies(H, 100_000.0, scaling)

@@ -214,16 +214,16 @@ def _config(path: pathlib.Path, reader: Any, tensors: GGUFTensors) -> Config:
   }
   for name in ('bos', 'eos'):
     fields[f'{name}_token_id'] = metadata(reader, f'tokenizer.ggml.{name}_token_id')
-  _check_same(path, reader, kind, fields)
   config = Config(fields, path)
+  _check_same(reader, kind, config)
   if tensors.rotations is not None:
     config['rope_scaling'] = _scaling(config, tensors.rotations)
   return config
 
 
-def _check_same(path: pathlib.Path, reader: Any, kind: str, fields: dict[str, Any]) -> None:
+def _check_same(reader: Any, kind: str, config: Config) -> None:
   """Refuses what would change the mathematics."""
-  head_dim = fields.get('head_dim') or fields['hidden_size'] // fields['num_attention_heads']
+  head_dim = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
   for name, only in (
     ('rope.dimension_count', head_dim),
     ('expert_count', 0),
@@ -233,7 +233,7 @@ def _check_same(path: pathlib.Path, reader: Any, kind: str, fields: dict[str, An
     found = metadata(reader, f'{kind}.{name}', only)
     if found != only:
       raise ValueError(
-        f"{path}: '{kind}.{name}' is {found!r}; it is computed here with {only!r} only"
+        f"{config.path}: '{kind}.{name}' is {found!r}; it is computed here with {only!r} only"
       )
 
 
