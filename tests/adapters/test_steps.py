@@ -185,3 +185,34 @@ def test_frozen_weights_have_no_state_and_the_receipt_counts_their_gradients_as_
   found = plan.argument_parts(parts.state, parts.batch)
   assert found['adapters'] == 4 * factors
   assert found['moments'] == 8 * factors
+
+
+# Beside the name, what a few updates need to show that the method acts.
+KIN = {name: {} for name in adapters.ADAPTERS if name not in ('none', 'lora')}
+KIN |= {'relora': dict(every=2), 'rso': dict(every=2)}
+STEPS = ('whole_tree', 'layerwise', 'zeroth_order', 'hybrid', 'streamed')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('step', STEPS)
+@pytest.mark.parametrize('name', KIN)
+def test_every_adapter_goes_through_every_step_and_resumes(name, step, tmp_path):
+  values_only = step in ('zeroth_order', 'hybrid', 'streamed')
+  optimizer = MEZO if values_only else dict(name='vector_adam', learning_rate=0.01)
+  c = small_config(step, optimizer=optimizer, remat='full')
+  c.adapter = config.adapter(name, **{'rank': 4, **KIN[name]})
+  parts = parts_of(c, (1, 2, 1))
+  whole, losses = train(parts, range(4))
+  assert np.isfinite(losses).all()
+  assert len(set(losses)) == 4
+  half, first = train(parts, range(2))
+  with checkpoint.Checkpoints(tmp_path / 'saved', every=1) as checkpoints:
+    checkpoints.maybe_save(half, 2, {}, force=True)
+  del half
+  with checkpoint.Checkpoints(tmp_path / 'saved', every=1) as checkpoints:
+    restored = checkpoints.restore(parts.state)
+  resumed, second = train(parts, range(2, 4), restored.state)
+  assert first + second == losses
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+  merged = adapters.merge(adapters.at_rest(parts.view(whole['params'])))
+  assert not any(map(weights.is_weight, jax.tree.leaves(merged, is_leaf=weights.is_weight)))
