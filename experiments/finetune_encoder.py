@@ -71,13 +71,13 @@ def _lora(rank: int) -> adapters.LoRA:
 
 
 METHODS_BY_NAME = {
-  'adamw': Method('AdamW', 1e-4, optimizers.dense.adamw),
-  'adamw8bit': Method('AdamW, 8 bits', 1e-4, optimizers.quantised.adamw8bit),
-  'galore_r4': Method('GaLore, rank 4', 1e-4, _galore(4, 4.0)),
-  'galore_r8': Method('GaLore, rank 8', 1e-4, _galore(8, 2.0)),
-  'apollo_mini': Method('APOLLO-Mini', 1e-4, optimizers.low_rank.apollo_mini),
-  'lora_r4': Method('LoRA, rank 4', 1e-3, optimizers.dense.adamw, _lora(4)),
-  'lora_r8': Method('LoRA, rank 8', 1e-3, optimizers.dense.adamw, _lora(8)),
+  'adamw': Method('AdamW', 3e-4, optimizers.dense.adamw),
+  'adamw8bit': Method('AdamW, 8 bits', 3e-4, optimizers.quantised.adamw8bit),
+  'galore_r4': Method('GaLore, rank 4', 4e-4, _galore(4, 4.0)),
+  'galore_r8': Method('GaLore, rank 8', 4e-4, _galore(8, 2.0)),
+  'apollo_mini': Method('APOLLO-Mini', 3e-4, optimizers.low_rank.apollo_mini),
+  'lora_r4': Method('LoRA, rank 4', 2e-3, optimizers.dense.adamw, _lora(4)),
+  'lora_r8': Method('LoRA, rank 8', 2e-3, optimizers.dense.adamw, _lora(8)),
 }
 
 
@@ -103,9 +103,21 @@ def main(_):
         if name not in trainers:
           trainers[name] = Trainer(method, steps_of(train))
         path.write_text(json.dumps(trainers[name].run(seed, train, dev), indent=2) + '\n')
-      results.append(json.loads(path.read_text()) | {'name': name, 'label': method.label})
+      result = json.loads(path.read_text())
+      check_same(path, result, {'rate': method.rate, 'steps': steps_of(train)})
+      results.append(result | {'name': name, 'label': method.label})
       write(results, directory)
   print((directory / 'results.md').read_text())
+
+
+def check_same(path: pathlib.Path, result: dict, wanted: dict) -> None:
+  """Refuses to compare with a run that was of something else."""
+  different = [name for name, value in wanted.items() if result[name] != value]
+  if different:
+    raise SystemExit(
+      f'{path} is of a run with another {", ".join(different)}; choose another --workdir, or '
+      'delete it'
+    )
 
 
 def chosen_methods() -> dict[str, Method]:
