@@ -53,6 +53,26 @@ def _gpt2(hidden, heads, layers):
   return dict(vocab=50_257, hidden=hidden, intermediate=4 * hidden, heads=heads, layers=layers)
 
 
+def _qwen(hidden, intermediate, heads, kv_heads, layers, *, vocab=151_936, tied=False, **fields):
+  """Qwen2 (arXiv 2407.10671) and Qwen3 (arXiv 2505.09388)."""
+  return dict(
+    vocab=vocab,
+    hidden=hidden,
+    intermediate=intermediate,
+    heads=heads,
+    kv_heads=kv_heads,
+    layers=layers,
+    norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    tied=tied,
+    **fields,
+  )
+
+
+def _qwen3(*sizes, **fields):
+  return _qwen(*sizes, head_dim=128, qk_norm=True, **fields)
+
+
 def _phi(hidden, heads, layers):
   """Phi-1 to Phi-2 (arXiv 2309.05463): 32 dimensions of a head are rotated."""
   return dict(
@@ -115,6 +135,16 @@ LLAMA: dict[str, dict[str, Any]] = {
     rope_theta=100_000.0,
     tied=True,
   ),
+  # The first release, and Zephyr, which was trained from it.
+  'mistral_7b': {**_llama2(4096, 14_336, 32, 32, kv_heads=8), 'window': 4096},
+  'qwen2_0_5b': _qwen(896, 4864, 14, 2, 24, tied=True, qkv_bias=True),
+  'qwen2_1_5b': _qwen(1536, 8960, 12, 2, 28, tied=True, qkv_bias=True),
+  'qwen2_7b': _qwen(3584, 18_944, 28, 4, 28, vocab=152_064, qkv_bias=True),
+  'qwen3_0_6b': _qwen3(1024, 3072, 16, 8, 28, tied=True),
+  'qwen3_1_7b': _qwen3(2048, 6144, 16, 8, 28, tied=True),
+  'qwen3_8b': _qwen3(4096, 12_288, 32, 8, 36),
+  # The release for 4,096 tokens.
+  'phi3_mini': {**_llama2(3072, 8192, 32, 32), 'vocab': 32_064, 'window': 2047},
 }
 
 OPT: dict[str, dict[str, Any]] = {
