@@ -264,15 +264,15 @@ class Bert(Stacked):
   def batch_shapes(self, batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns a batch as shapes.
 
-    `tokens`, `attention_mask` and, where there are several, `token_types` are `i32[B, T]`; `labels`
-    are `i32[B]`, `f32[B]` for 'regression' or `i32[B, 2]` for 'span'; `weights` `f32[B]` are 0 for
-    rows that fill the batch up.
+    `tokens`, `attention_mask` and `token_types` are `i32[B, T]`; `labels` are `i32[B]`, `f32[B]`
+    for 'regression' or `i32[B, 2]` for 'span'; `weights` `f32[B]` are 0 for rows that fill the
+    batch up.
     """
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    shapes = {
+    return {
       'tokens': tokens,
       'attention_mask': tokens,
+      'token_types': tokens,
       'labels': encoder_heads.labels(self.task, batch),
       'weights': jax.ShapeDtypeStruct((batch,), jnp.float32),
     }
-    return shapes | ({'token_types': tokens} if self.types > 1 else {})
