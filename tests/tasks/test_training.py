@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,13 @@ def test_what_cannot_be_measured_is_refused(run, tmp_path):
     memjax.evaluate(tmp_path)
   with pytest.raises(ValueError, match='needs labels=3, but the model has 2'):
     memjax.evaluate(run[0], {'mnli': {'test': 'made_up:4'}}, devices=jax.devices()[:1])
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_run(run):
+  directory, _ = run
+  command = [sys.executable, 'run.py', f'--evaluate={directory}']
+  done = subprocess.run(command, cwd=GLUE.parents[1], capture_output=True, text=True, check=True)
+  assert 'sst2: accuracy' in done.stdout
+  found = json.loads((directory / 'evaluation.json').read_text())
+  assert found['tasks']['sst2']['file'] == 'made_up:8:40'
