@@ -7,7 +7,7 @@
 Trains through LoRA on CoLM's 32 of every 64 sequences, on random 32, on all 64, and on those that
 the official single direction chooses, with equal pools and steps. `--model` is a preset, or what
 `memjax.models.load` reads. Rows are written once; a finished run is not repeated, a killed one
-resumes. Leaves `colm.json`, `colm.md` and `colm.png` in `--workdir`: the loss of a token and the
+resumes. Leaves `results.json`, `results.md` and `results.png` in `--workdir`: the loss of a token and the
 share of exact answers, by source.
 """
 
@@ -75,7 +75,7 @@ def main(_):
       path.write_text(json.dumps(run(config, directory / name), indent=2) + '\n')
     results.append(json.loads(path.read_text()) | {'name': name})
     write(results, directory)
-  print((directory / 'colm.md').read_text())
+  print((directory / 'results.md').read_text())
 
 
 def selections(counts: dict[str, int]) -> dict[str, dict]:
@@ -195,9 +195,9 @@ LABELS = {
 
 def write(results: list[dict], directory: pathlib.Path) -> None:
   """Writes the results so far: all of them as JSON, the table, the picture."""
-  (directory / 'colm.json').write_text(json.dumps(results, indent=2) + '\n')
-  (directory / 'colm.md').write_text(table(results))
-  draw(results, directory / 'colm.png')
+  (directory / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+  (directory / 'results.md').write_text(table(results))
+  draw(results, directory / 'results.png')
 
 
 def table(results: list[dict]) -> str:

@@ -40,16 +40,18 @@ def test_all_selections_train_and_a_finished_run_is_not_repeated(tmp_path):
       '--rank=2',
     ]
     command += ['--seq_len=64', '--new_tokens=4', *extra]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
 
   out = run()
   assert '| source | CoLM | CoLM, one direction | random half | whole pool |' in out
-  results = json.loads((tmp_path / 'colm.json').read_text())
+  results = json.loads((tmp_path / 'results.json').read_text())
   assert [r['name'] for r in results] == ['colm', 'official', 'random_half', 'all']
   for r in results:
     assert set(r['loss']) == set(r['exact_match']) == set(SOURCES)
     assert r['train_loss'][-1][0] == 2
   # Other rows were chosen, of the same pools and the same first weights.
   assert len({r['train_loss'][-1][1] for r in results}) == 4
-  assert (tmp_path / 'colm.png').stat().st_size > 1000
+  assert (tmp_path / 'results.png').stat().st_size > 1000
   assert 'Memory' not in run()  # Nothing was compiled again.
