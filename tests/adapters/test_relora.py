@@ -94,14 +94,24 @@ def test_zero_starts_moments_and_counts_of_vectors_anew():
 
 
 def test_what_is_kept_in_codes_is_reset_but_not_pruned_number_by_number():
-  params = {'w': jnp.zeros((2, 64, 64))}
   transform = memjax.adamw8bit(0.01)
-  params = adapters.attach(params, adapters.ReLoRA(rank=64), jax.random.key(0))
-  state = whole_tree.init_state(lambda key: params, transform, jax.random.key(0)) | {'step': 2}
+
+  def after(key, prune):
+    spec = adapters.ReLoRA(rank=64, every=2, prune=prune)
+    init = lambda key: adapters.attach({'w': jnp.zeros((64, 64))}, spec, key)
+    state = whole_tree.init_state(init, transform, key)
+    filled = {'opt': jax.tree.map(lambda x: jnp.full_like(x, 7), state['opt']), 'step': 2}
+    return spec.restart(state | filled, key, transform.init)['opt']
+
   with pytest.raises(ValueError, match=r"no moments of w/a in its shape .* set prune='zero'"):
-    jax.eval_shape(lambda: adapters.ReLoRA(rank=64, every=2).restart(state, KEY, transform.init))
-  spec = adapters.ReLoRA(rank=64, every=2, prune='zero')
-  assert jax.eval_shape(lambda: spec.restart(state, KEY, transform.init))
+    jax.eval_shape(functools.partial(after, prune='magnitude'), KEY)
+  # Zero moments are not codes of zeros.
+  new = transform.init({'w': {'a': jnp.zeros((64, 64)), 'b': jnp.zeros((64, 64))}})
+  found = jax.jit(functools.partial(after, prune='zero'))(KEY)
+  same = jax.tree.map(lambda x, y: bool((x == y).all()), found, new)
+  shared = [k for k, v in jax.tree.leaves_with_path(same) if not v]
+  assert shared
+  assert all('count' in jax.tree_util.keystr(path) for path in shared)
 
 
 @pytest.mark.parametrize(('offset', 'steps'), [(0, [3, 6]), (1, [4, 7])])
@@ -154,6 +164,24 @@ def test_bad_fields_are_refused(fields, says):
     adapters.ReLoRA(rank=2, every=2, **fields)
 
 
-def test_a_run_resumed_midway_or_layer_by_layer_over_a_mesh_is_the_same():
-  c = training.config(dict(name='relora', rank=4, every=2, dropout=0.1), optimizer='adamw')
-  training.assert_trains_alike_everywhere(c)
+def config():
+  return training.config(dict(name='relora', rank=4, every=2, dropout=0.1), optimizer='adamw')
+
+
+def test_a_run_resumed_midway_is_the_same():
+  training.assert_resumes(config())
+
+
+@pytest.mark.slow
+def test_a_run_layer_by_layer_over_a_mesh_is_the_same():
+  training.assert_same_layer_by_layer_over_a_mesh(config())
+
+
+def test_devices_draw_and_prune_the_same():
+  transform, params = ADAM, {'w': jnp.ones((2, 16, 16))}
+  spec = adapters.ReLoRA(rank=4, every=2, ratio=0.5)
+  params = adapters.attach(params, spec, jax.random.key(1))
+  state = whole_tree.init_state(lambda key: params, transform, jax.random.key(0)) | {'step': 2}
+  draw = lambda x: jnp.asarray(RNG.standard_normal(x.shape), x.dtype) if x.ndim else x
+  state['opt'] = jax.tree.map(draw, state['opt'])
+  training.assert_same_over_devices(lambda state: spec.restart(state, KEY, transform.init), state)

@@ -138,12 +138,26 @@ def test_a_rank_above_a_side_says_what_to_do():
     adapters.attach({'w': W}, adapters.RSO(rank=11), jax.random.key(0))
 
 
-def test_a_run_resumed_midway_or_layer_by_layer_over_a_mesh_is_the_same():
-  c = training.config(dict(name='rso', rank=4, every=2))
-  whole, layered = training.assert_trains_alike_everywhere(c)
+def config():
+  return training.config(dict(name='rso', rank=4, every=2))
+
+
+def test_a_run_resumed_midway_is_the_same():
+  training.assert_resumes(config())
+
+
+@pytest.mark.slow
+def test_a_run_layer_by_layer_over_a_mesh_is_the_same():
+  whole, layered = training.assert_same_layer_by_layer_over_a_mesh(config())
   leaves = [state['params']['blocks']['attn']['o']['kernel'] for state in (whole, layered)]
   np.testing.assert_array_equal(leaves[0].a.key, leaves[1].a.key)
   np.testing.assert_allclose(*(leaf.base for leaf in leaves), rtol=0, atol=1e-5)
+
+
+def test_devices_draw_the_same_subspace():
+  state, restart = over_the_layers('float32')
+  after = training.assert_same_over_devices(restart, state)
+  assert (after['params']['w'].a.key != state['params']['w'].a.key).all()
 
 
 def over_the_layers(dtype):

@@ -1,9 +1,10 @@
 """Runs with adapters: resumed midway, layer by layer over a mesh, and in place."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from memjax import build, plan, sharding
+from memjax import build, plan, sharding, weights
 from memjax import config as config_lib
 from memjax.evaluate import place
 
@@ -26,29 +27,53 @@ def config(adapter, optimizer='vector_adam', learning_rate=0.05, **changes):
   return c
 
 
-def assert_trains_alike_everywhere(c, tolerance=2e-5):
-  """Two updates, the state through the host, and three more are five at once, bit for bit; layer by
-  layer over 2 x 2 x 2 devices they are the same but for the order of sums. State is donated.
+def assert_resumes(c):
+  """Two updates, the state through the host, and three more are five at once, bit for bit; all
+  state is donated.
   """
-  parts = _parts(c, (1, 1, 1))
-  step = parts.step.lower(parts.state, parts.batch).compile()
-  plan.check_donated(step, parts.state)
-  begun = jax.device_get(parts.init(build.root_key(c, 'params')))
-  onto = lambda tree, shapes: jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), tree, shapes)
-  whole, losses = run(c, parts, step, onto(begun, parts.state), range(STEPS))
+  parts, step, begun = _compiled(c, (1, 1, 1))
+  whole, losses = run(c, parts, step, _onto(begun, parts), range(STEPS))
   assert losses[-1] < losses[0] - 0.1
-  half, first = run(c, parts, step, onto(begun, parts.state), range(2))
-  resumed, second = run(c, parts, step, onto(jax.device_get(half), parts.state), range(2, STEPS))
+  half, first = run(c, parts, step, _onto(begun, parts), range(2))
+  resumed, second = run(c, parts, step, _onto(jax.device_get(half), parts), range(2, STEPS))
   assert first + second == losses
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+  return jax.device_get(whole)
 
+
+def assert_same_layer_by_layer_over_a_mesh(c, tolerance=2e-5):
+  """Layer by layer over 2 x 2 x 2 devices, losses are the same but for the order of sums."""
+  parts, step, begun = _compiled(c, (1, 1, 1))
+  whole, losses = run(c, parts, step, _onto(begun, parts), range(STEPS))
   c.step, c.remat = 'layerwise', 'full'
-  parts = _parts(c, (2, 2, 2))
-  step = parts.step.lower(parts.state, parts.batch).compile()
-  plan.check_donated(step, parts.state)
-  layered, others = run(c, parts, step, onto(begun, parts.state), range(STEPS))
+  parts, step, _ = _compiled(c, (2, 2, 2))
+  layered, others = run(c, parts, step, _onto(begun, parts), range(STEPS))
   np.testing.assert_allclose(others, losses, rtol=tolerance)
   return jax.device_get(whole), jax.device_get(layered)
+
+
+def assert_same_over_devices(restart, state):
+  """A restart of `state['params']['w']`, of adapted `[L, m, n]`, m over two devices and n over
+  four, against that on one; returns it.
+  """
+  mesh = jax.make_mesh((2, 4), ('m', 'n'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  params = sharding.weight_shardings(
+    state['params'],
+    {'w': jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'm', 'n'))},
+  )
+  trained, shardings = map(weights.trained, (state['params'], params))
+  placed = {
+    'step': whole,
+    'params': params,
+    'opt': sharding.state_shardings(state['opt'], trained, shardings),
+  }
+  state = state | {'step': jnp.int32(state['step'])}
+  one = jax.jit(restart)(state)
+  many = jax.jit(restart, out_shardings=placed)(jax.device_put(state, placed))
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
+  jax.tree.map(near, many, one)
+  return one
 
 
 def run(c, parts, step, state, steps):
@@ -64,6 +89,15 @@ def run(c, parts, step, state, steps):
   return state, losses
 
 
-def _parts(c, axes):
+def _compiled(c, axes):
   mesh = sharding.make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))])
-  return build.build(c, mesh)
+  parts = build.build(c, mesh)
+  step = parts.step.lower(parts.state, parts.batch).compile()
+  plan.check_donated(step, parts.state)
+  # Drawn on one device alone, which compiles sooner.
+  begun = jax.device_get(parts.init(build.root_key(c, 'params'))) if mesh.size == 1 else None
+  return parts, step, begun
+
+
+def _onto(state, parts):
+  return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, parts.state)
