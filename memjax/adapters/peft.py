@@ -137,7 +137,8 @@ def save_peft(
   kinds = {magnitude is not None for _, magnitude in adapted.values()}
   if len(kinds) > 1:
     raise ValueError('some leaves are adapted by DoRA and others not; peft has all or none')
-  config = _config(family, table, ranks, alphas, kinds.pop(), base)
+  dropout = max(inner.dropout for inner, _ in adapted.values())
+  config = _config(family, table, ranks, alphas, kinds.pop(), dropout, base)
   if jax.process_index() == 0:
     _write(pathlib.Path(folder).expanduser(), config, tensors)
   multihost_utils.sync_global_devices(f'save {folder}')
@@ -326,7 +327,7 @@ def _fetch(stack, layer) -> np.ndarray:
   return np.asarray(stack) if layer is None else np.asarray(stack[layer])
 
 
-def _config(family, table, ranks, alphas, use_dora, base) -> dict[str, Any]:
+def _config(family, table, ranks, alphas, use_dora, dropout, base) -> dict[str, Any]:
   common = lambda values: collections.Counter(values.values()).most_common(1)[0][0]
   rank, alpha = common(ranks), common(alphas)
   whole = lambda number: int(number) if float(number).is_integer() else float(number)
@@ -342,7 +343,7 @@ def _config(family, table, ranks, alphas, use_dora, base) -> dict[str, Any]:
     'target_modules': _target_modules(table, ranks),
     'use_dora': use_dora,
     'use_rslora': False,
-    'lora_dropout': 0.0,
+    'lora_dropout': dropout,
     'bias': 'none',
     'fan_in_fan_out': False,
     'init_lora_weights': True,

@@ -1,4 +1,4 @@
-"""The order in which `x W + s (x A) B` is multiplied, forwards and backwards, by counted operations.
+"""The order in which `x W + s (x A) B` is multiplied, both ways, by counted operations.
 
 Shapes in this file: activations are `[..., m]`, `t` rows of them in all; `W[m, n]`, `A[m, r]`,
 `B[r, n]`. An operation is a multiplication and an addition.
