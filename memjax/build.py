@@ -213,7 +213,8 @@ def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
   }
   key = _rounding_key(config)
   step = hybrid.make_train_step(model, estimator, transform, rounding_key=key, shardings=shardings)
-  step = adapters.over_time(step, adapter, root_key(config, 'adapter'))
+  inits = {'estimated': estimator.init, 'exact': transform.init}
+  step = adapters.over_time(step, adapter, root_key(config, 'adapter'), inits)
   loss = hybrid.make_loss(model)
   return Parts(
     model=model,

@@ -345,7 +345,7 @@ def _check_step(c: ConfigDict) -> None:
 
 
 def _check_restarts(c: ConfigDict) -> None:
-  """A method that changes the optimizer's state needs it whole, on the device."""
+  """A method that changes factors and their state needs both on the device, with no update due."""
   if not hasattr(adapters.ADAPTERS[c.adapter.name], 'restart'):
     return
   apart = [*rotations.ROTATIONS, 'streamed']
@@ -353,7 +353,7 @@ def _check_restarts(c: ConfigDict) -> None:
     raise ValueError(
       f'config.adapter {c.adapter.name!r} restarts the optimizer from time to time, which '
       f'config.step={c.step!r} with config.offload_state={c.offload_state} does not let it; set '
-      "config.step='whole_tree' or 'layerwise', and config.offload_state=0"
+      "config.step='whole_tree', 'layerwise' or 'zeroth_order', and config.offload_state=0"
     )
 
 

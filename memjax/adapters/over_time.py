@@ -1,6 +1,6 @@
 """What a method does between two updates: new noise, a merge, a switch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,9 @@ import jax
 from memjax.naming import fold_in_path
 
 
-def over_time(step: Callable, spec: Any, key: jax.Array, init: Callable | None = None) -> Callable:
+def over_time(
+  step: Callable, spec: Any, key: jax.Array, init: Callable | Mapping | None = None
+) -> Callable:
   """Returns a training step that first lets the method act on the state.
 
   Any step will do. A specification may have either of two methods, or both:
@@ -23,7 +25,8 @@ def over_time(step: Callable, spec: Any, key: jax.Array, init: Callable | None =
     step: `step(state, batch) -> (state, metrics)`.
     spec: A specification; None for no adapter.
     key: Root key of its draws.
-    init: `init` of the optimizer, which a `restart` needs.
+    init: `init` of the optimizer, which a `restart` needs; or one for each of the trees that the
+      parameters are in.
   """
   restart, advance = getattr(spec, 'restart', None), getattr(spec, 'advance', None)
   if restart is None and advance is None:
@@ -31,9 +34,19 @@ def over_time(step: Callable, spec: Any, key: jax.Array, init: Callable | None =
 
   def acting(state, batch):
     if restart is not None:
-      state = restart(state, fold_in_path(key, 'restart'), init)
+      state = _restarted(restart, state, fold_in_path(key, 'restart'), init)
     if advance is not None:
       state = advance(state, key)
     return step(state, batch)
 
   return acting
+
+
+def _restarted(restart, state, key, init):
+  if not isinstance(init, Mapping):
+    return restart(state, key, init)
+  parts = {}
+  for name in init:
+    part = {k: state[k][name] for k in ('params', 'opt')} | {'step': state['step']}
+    parts[name] = restart(part, fold_in_path(key, name), init[name])
+  return {**state, **{k: {n: part[k] for n, part in parts.items()} for k in ('params', 'opt')}}

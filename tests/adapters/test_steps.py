@@ -201,6 +201,11 @@ def test_every_adapter_goes_through_every_step_and_resumes(name, step, tmp_path)
   optimizer = MEZO if values_only else dict(name='vector_adam', learning_rate=0.01)
   c = small_config(step, optimizer=optimizer, remat='full')
   c.adapter = config.adapter(name, **{'rank': 4, **KIN[name]})
+  if step == 'streamed' and hasattr(adapters.ADAPTERS[name], 'restart'):
+    # Whose parameters are one update behind, which a restart would lose.
+    with pytest.raises(ValueError, match=r"restarts the optimizer .* set config.step='whole_tree'"):
+      parts_of(c)
+    return
   parts = parts_of(c, (1, 2, 1))
   whole, losses = train(parts, range(4))
   assert np.isfinite(losses).all()
