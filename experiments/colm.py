@@ -7,8 +7,8 @@
 Trains through LoRA on CoLM's 32 of every 64 sequences, on random 32, on all 64, and on those that
 the official single direction chooses, with equal pools and steps. `--model` is a preset, or what
 `memjax.models.load` reads. Rows are written once; a finished run is not repeated, a killed one
-resumes. Leaves `results.json`, `results.md` and `results.png` in `--workdir`: the loss of a token and the
-share of exact answers, by source.
+resumes. Leaves `results.json`, `results.md` and `results.png` in `--workdir`: the loss of a token
+and the share of exact answers, by source.
 """
 
 import dataclasses
