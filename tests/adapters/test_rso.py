@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import memjax
-from memjax import adapters, weights
+from memjax import adapters, build, models, sharding, weights
 from memjax.adapters import over_time
 from memjax.steps import whole_tree
+from tests import hlo
 from tests.adapters import training
 
 RNG = np.random.default_rng(0)
@@ -97,6 +98,32 @@ def test_what_is_kept_for_the_backward_pass_has_the_rank_for_width():
   assert (32, 64) not in shapes
 
 
+def bytes_kept(spec):
+  """Bytes of what LLaMA 1B keeps of 16 x 256 tokens for its backward pass, parameters aside."""
+  half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  model = models.create('llama_1b', remat='none', **half)
+  init = lambda key: adapters.attach(model.init(key), spec, key) if spec else model.init(key)
+  params = jax.eval_shape(init, jax.random.key(0))
+  batch = {k: jax.ShapeDtypeStruct((16, 256), jnp.int32) for k in ('tokens', 'targets')}
+  batch['weights'] = jax.ShapeDtypeStruct((16, 256), jnp.float32)
+
+  def pull(params, batch):
+    use = lambda values: model.loss(weights.replaced(params, values), batch)[0]
+    return jax.vjp(use, weights.trained(params))[1]
+
+  own = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
+  kept = jax.tree.leaves(jax.eval_shape(pull, params, batch))
+  return sum(x.size * x.dtype.itemsize for x in kept if (x.shape, x.dtype) not in own)
+
+
+def test_a_model_keeps_the_rank_in_place_of_the_width():
+  """Seven products a layer read four arrays, three of the width and one of the inner width."""
+  width, inner, layers, rank, tokens = 2048, 5461, 24, 512, 16 * 256
+  saved = 2 * tokens * layers * (3 * width + inner - 7 * rank)
+  assert bytes_kept(None) - bytes_kept(adapters.RSO(rank=rank)) == saved
+  assert saved / 2**20 == pytest.approx(1503.9, abs=0.1)
+
+
 def test_a_new_subspace_changes_no_value_and_forgets_the_moments():
   params = adapters.attach({'w': W}, adapters.RSO(rank=4), jax.random.key(1))
   transform, spec = memjax.vector_adam(0.01, eps=EPS), adapters.RSO(rank=4, every=3)
@@ -152,6 +179,17 @@ def test_a_run_layer_by_layer_over_a_mesh_is_the_same():
   leaves = [state['params']['blocks']['attn']['o']['kernel'] for state in (whole, layered)]
   np.testing.assert_array_equal(leaves[0].a.key, leaves[1].a.key)
   np.testing.assert_allclose(*(leaf.base for leaf in leaves), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_devices_reduce_gradients_of_b_alone():
+  """Of two adapted matrices, [16, 16] and [16, 32] in two layers, r n numbers and no m n."""
+  c = training.config(dict(name='rso', rank=4, every=2, rest=''))
+  parts = build.build(c, sharding.make_mesh(8, 1, 1))
+  text = parts.step.lower(parts.state, parts.batch).compile().as_text()
+  found = hlo.collectives(text)
+  assert {x.shape[-2:] for x in found if hlo.elements(x) > 8} <= {(4, 16), (4, 32)}
+  assert max(map(hlo.elements, found)) >= 4 * 32
 
 
 def test_devices_draw_the_same_subspace():
