@@ -67,8 +67,8 @@ FROZEN = {
 }
 
 
-# Their choices are tested in tests/tasks/test_recipes.py.
-ON_TASKS = ('glue', 'instruct', 'mezo_opt')
+# Their choices are tested in tests/tasks/test_recipes.py and tests/steps/test_selected.py.
+ON_TASKS = ('colm_phi2', 'glue', 'instruct', 'mezo_opt')
 
 
 @pytest.fixture(params=FILES)
@@ -89,7 +89,8 @@ def test_every_file_is_tested():
 @pytest.mark.parametrize('arg', ['', ':smoke'])
 def test_a_config_file_loads_and_builds_as_shapes(file, arg):
   c = config_lib.load(file + arg)
-  devices = jax.devices()[: math.gcd(8, c.batch_size // c.accumulate)]
+  rows = c.batch_size if c.select.name == 'none' else c.select.keep
+  devices = jax.devices()[: math.gcd(8, rows // c.accumulate)]
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=devices)
   parts = build(c, mesh)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.state))
