@@ -31,7 +31,9 @@ STATE_PARTS = {
 }
 
 # Fields of a `memjax.weights.Weight` that are trained beside the weight they adapt.
-ADAPTER_FIELDS = set('a b magnitude gate lora_a lora_b left right down up adapter'.split())
+ADAPTER_FIELDS = {
+  *('a', 'b', 'magnitude', 'gate', 'lora_a', 'lora_b', 'left', 'right', 'down', 'up', 'adapter'),
+}
 
 ARGUMENT_PARTS = ('parameters', 'adapters', 'basis', 'moments', 'other_state', 'batch')
 
