@@ -1,5 +1,6 @@
 """Adapters as folders of `peft`: round trips, folders made by hand, and the package itself."""
 
+import functools
 import json
 
 import jax
@@ -15,17 +16,27 @@ MODEL = create('llama_tiny', vocab=32, hidden=16, intermediate=24, heads=4, kv_h
 TOKENS = jnp.arange(12).reshape(2, 6)
 
 
-@pytest.fixture(scope='module')
-def params():
+@functools.cache
+def plain():
   return jax.jit(MODEL.init)(jax.random.key(0))
 
 
-def trained(spec, params, seed=0):
-  """Adapted parameters of which no part is zero."""
-  adapted = jax.jit(lambda p: adapters.attach(p, spec, jax.random.key(seed)))(params)
-  rng = np.random.default_rng(seed)
-  move = lambda x: x + jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)
+@pytest.fixture
+def params():
+  return jax.tree.map(lambda x: x, plain())
+
+
+@functools.cache
+def _trained(spec):
+  adapted = jax.jit(lambda p: adapters.attach(p, spec, jax.random.key(0)))(plain())
+  rng = np.random.default_rng(0)
+  move = lambda x: jnp.asarray(np.asarray(x) + 0.2 * rng.standard_normal(x.shape), x.dtype)
   return weights.replaced(adapted, jax.tree.map(move, adapters.trainable(adapted)))
+
+
+def trained(spec):
+  """Adapted parameters of which no part is zero."""
+  return jax.tree.map(lambda x: x, _trained(spec))
 
 
 def edit(folder, **fields):
@@ -43,7 +54,7 @@ def edit(folder, **fields):
   ids=['lora', 'rslora', 'dora'],
 )
 def test_what_is_written_is_read_again(spec, params, tmp_path):
-  ours = trained(spec, params)
+  ours = trained(spec)
   adapters.save_peft(tmp_path, ours, MODEL)
   again = adapters.load_peft(tmp_path, params, MODEL)
   jax.tree.map(np.testing.assert_array_equal, adapters.trainable(again), adapters.trainable(ours))
@@ -55,7 +66,7 @@ def test_what_is_written_is_read_again(spec, params, tmp_path):
 
 
 def test_a_file_holds_what_the_format_says(params, tmp_path):
-  ours = trained(adapters.LoRA(rank=3, alpha=6, targets='attn/q'), params)
+  ours = trained(adapters.LoRA(rank=3, alpha=6, targets='attn/q'))
   adapters.save_peft(tmp_path, ours, MODEL, base='some/model')
   tensors = load_file(tmp_path / 'adapter_model.safetensors')
   module = 'base_model.model.model.layers.{}.self_attn.q_proj'
@@ -71,7 +82,7 @@ def test_a_file_holds_what_the_format_says(params, tmp_path):
 
 
 def test_factors_lie_like_the_weight_they_adapt(params, tmp_path):
-  adapters.save_peft(tmp_path, trained(adapters.LoRA(rank=4), params), MODEL)
+  adapters.save_peft(tmp_path, trained(adapters.LoRA(rank=4)), MODEL)
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   placed = jax.device_put(params, sharding.param_shardings(params, MODEL.SHARDING, mesh))
   down = adapters.load_peft(tmp_path, placed, MODEL)['blocks']['mlp']['down']['kernel']
@@ -81,8 +92,8 @@ def test_factors_lie_like_the_weight_they_adapt(params, tmp_path):
 
 
 def test_ranks_and_scales_may_differ_between_leaves(params, tmp_path):
-  one = trained(adapters.LoRA(rank=4, alpha=2, targets='attn/'), params)
-  two = trained(adapters.LoRA(rank=2, alpha=5, targets='mlp/up'), params)
+  one = trained(adapters.LoRA(rank=4, alpha=2, targets='attn/'))
+  two = trained(adapters.LoRA(rank=2, alpha=5, targets='mlp/up'))
   one['blocks']['mlp'] = two['blocks']['mlp']
   adapters.save_peft(tmp_path, one, MODEL)
   config = json.loads((tmp_path / 'adapter_config.json').read_text())
@@ -112,7 +123,7 @@ def test_parts_of_one_matrix_share_its_adapter(params, tmp_path):
     for name, rows in zip('qkv', (slice(0, 16), slice(16, 24), slice(24, 32))):
       np.testing.assert_array_equal(attn[name]['kernel'].a[1], a.T)
       np.testing.assert_array_equal(attn[name]['kernel'].b[1], (b + 1)[rows].T)
-    ours = trained(adapters.LoRA(rank=2, targets='attn/q'), params)
+    ours = trained(adapters.LoRA(rank=2, targets='attn/q'))
     with pytest.raises(ValueError, match=r"^blocks/attn/q/kernel is part of .*qkv_proj'"):
       adapters.save_peft(tmp_path / 'other', ours, MODEL)
 
@@ -120,8 +131,8 @@ def test_parts_of_one_matrix_share_its_adapter(params, tmp_path):
 QUERIES = adapters.LoRA(rank=4, targets='attn/(q|v)/')
 
 
-def saved(params, folder, spec=QUERIES):
-  adapters.save_peft(folder, trained(spec, params), MODEL)
+def saved(folder, spec=QUERIES):
+  adapters.save_peft(folder, trained(spec), MODEL)
   return folder
 
 
@@ -138,7 +149,7 @@ def saved(params, folder, spec=QUERIES):
   ],
 )
 def test_a_config_that_is_not_understood_is_refused(fields, error, params, tmp_path):
-  edit(saved(params, tmp_path), **fields)
+  edit(saved(tmp_path), **fields)
   with pytest.raises(ValueError, match=error):
     adapters.load_peft(tmp_path, params, MODEL)
 
@@ -165,7 +176,7 @@ def test_a_config_that_is_not_understood_is_refused(fields, error, params, tmp_p
   ],
 )
 def test_a_file_of_another_model_is_refused_by_leaf(change, error, params, tmp_path):
-  file = saved(params, tmp_path) / 'adapter_model.safetensors'
+  file = saved(tmp_path) / 'adapter_model.safetensors'
   tensors = load_file(file)
   change(tensors, 'base_model.model.model.layers.1.self_attn.q_proj')
   save_file(tensors, file)
@@ -176,7 +187,7 @@ def test_a_file_of_another_model_is_refused_by_leaf(change, error, params, tmp_p
 def test_folders_without_the_files_are_refused(params, tmp_path):
   with pytest.raises(ValueError, match=r'has no adapter_config\.json'):
     adapters.load_peft(tmp_path, params, MODEL)
-  file = saved(params, tmp_path) / 'adapter_model.safetensors'
+  file = saved(tmp_path) / 'adapter_model.safetensors'
   file.rename(tmp_path / 'adapter_model.bin')
   with pytest.raises(ValueError, match='Reading a pickle runs what is in it'):
     adapters.load_peft(tmp_path, params, MODEL)
@@ -184,14 +195,14 @@ def test_folders_without_the_files_are_refused(params, tmp_path):
 
 def test_what_the_format_cannot_hold_is_refused_by_leaf(params, tmp_path):
   with pytest.raises(ValueError, match=r'^blocks/attn/q/kernel: a BlockDiagonal is nothing'):
-    saved(params, tmp_path, adapters.MELoRA(rank=2, blocks=2, targets='attn/q'))
+    saved(tmp_path, adapters.MELoRA(rank=2, blocks=2, targets='attn/q'))
   with pytest.raises(ValueError, match=r'^final_norm/scale: an array that is trained'):
-    saved(params, tmp_path, adapters.LoRA(rank=2, targets='attn/q', rest='final_norm'))
+    saved(tmp_path, adapters.LoRA(rank=2, targets='attn/q', rest='final_norm'))
   with pytest.raises(ValueError, match='nothing is adapted'):
     adapters.save_peft(tmp_path, {'w': weights.Frozen(jnp.ones((2, 2)))}, MODEL)
-  adapted = trained(adapters.LoRA(rank=2), params)
-  with pytest.raises(ValueError, match=r'^blocks/attn/k/kernel is a Adapted leaf already'):
-    adapters.load_peft(saved(params, tmp_path), adapted, MODEL)
+  adapted = trained(QUERIES)
+  with pytest.raises(ValueError, match=r'^blocks/attn/k/kernel is a Frozen leaf already'):
+    adapters.load_peft(saved(tmp_path), adapted, MODEL)
 
 
 # The package itself.
@@ -224,7 +235,7 @@ def logits_of(model):
 )
 def test_peft_computes_what_was_trained_here(spec, params, tmp_path):
   peft = pytest.importorskip('peft')
-  ours = trained(spec, params)
+  ours = trained(spec)
   adapters.save_peft(tmp_path / 'adapter', ours, MODEL)
   model = hugging_face(params, tmp_path / 'model')
   plain = logits_of(model)

@@ -3,6 +3,7 @@ over layers that holds one matrix at a time.
 """
 
 import dataclasses
+import functools
 import statistics
 
 import jax
@@ -136,6 +137,7 @@ def test_a_loop_over_layers_keeps_codes_alone():
   """What a loss keeps for its backward pass, in a loop over 8 frozen matrices."""
   width, rows = 128, 16
 
+  @functools.cache
   def temporaries(product, layers):
     def loss(x, kernel):
       body = lambda x, w: (jnp.tanh(product(x, w)), None)
@@ -156,7 +158,8 @@ def test_a_loop_over_layers_keeps_codes_alone():
 
 def test_an_adapter_trains_beside_it_and_merges_into_it():
   params = {'w': quantise(draw(128, 64))}
-  adapted = adapters.attach(params, adapters.LoRA(rank=4, targets='w'), jax.random.key(0))
+  spec = adapters.LoRA(rank=4, targets='w')
+  adapted = jax.jit(lambda p: adapters.attach(p, spec, jax.random.key(0)))(params)
   assert list(adapters.trainable(adapted)['w']) == ['a', 'b']
   b = draw(4, 64, seed=3)
   adapted = {'w': dataclasses.replace(adapted['w'], b=b)}
