@@ -33,7 +33,8 @@ class Adapted:
 
   Memory: `r (m + n)` numbers beside W. Sharded like W: A has its rows over the devices that divide
   m, B its columns over those that divide n, so that products with either need no more communication
-  than those with W, and gradients of factors are all that is reduced.
+  than those with W, and gradients of factors are all that is reduced. Where A is drawn, B is divided
+  along both axes.
 
   Attributes:
     base: W: an array, or another `Weight`, such as a quantised one.
@@ -94,7 +95,8 @@ class Adapted:
       self,
       base=spread(self.base, entries),
       a=spread(self.a, (*batch, m, None)),
-      b=(*batch, None, n),
+      # Where A is drawn, ranks are large, and B is divided along both, as W is.
+      b=(*batch, m if is_weight(self.a) else None, n),
       key=None if self.key is None else (*batch, None),
     )
 
