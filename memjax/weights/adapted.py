@@ -33,8 +33,8 @@ class Adapted:
 
   Memory: `r (m + n)` numbers beside W. Sharded like W: A has its rows over the devices that divide
   m, B its columns over those that divide n, so that products with either need no more communication
-  than those with W, and gradients of factors are all that is reduced. Where A is drawn, B is divided
-  along both axes.
+  than those with W, and gradients of factors are all that is reduced. Where A is drawn, B is
+  divided along both axes.
 
   Attributes:
     base: W: an array, or another `Weight`, such as a quantised one.
