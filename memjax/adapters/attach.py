@@ -84,9 +84,11 @@ def _targets(named, spec) -> set[str]:
   if not spec.targets:
     chosen = {path for path, leaf in named.items() if default_targets(path, _shape(leaf))}
   else:
-    chosen = {path for path in named if re.search(spec.targets, path)}
+    # Stacked norms and biases [L, n] have two axes, and are vectors all the same.
+    matrices = {path for path in named if path.split('/')[-1] not in ('scale', 'bias')}
+    chosen = {path for path in matrices if re.search(spec.targets, path)}
   if not chosen:
-    raise ValueError(f'targets={spec.targets!r} matches no leaf; {nearest(spec.targets, named)}')
+    raise ValueError(f'targets={spec.targets!r} matches no matrix; {nearest(spec.targets, named)}')
   return chosen
 
 
