@@ -52,7 +52,7 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
   named = jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)
   named = {path_string(path): leaf for path, leaf in named}
   chosen = _targets(named, spec)
-  for path in chosen:
+  for path in filter(chosen.__contains__, named):
     _check(path, named[path], spec.rank)
     if hasattr(spec, 'check'):
       spec.check(path, _shape(named[path]).shape[-2:])

@@ -104,7 +104,7 @@ def test_a_merge_is_in_place_and_holds_one_matrix():
   ('spec', 'words'),
   [
     (dict(targets='atn/q'), "'atn/q' matches no matrix"),
-    (dict(rank=33), 'rank 33 is not between 1 and 32'),
+    (dict(rank=33), 'attn/k/kernel: rank 33 is not between 1 and 16'),
     (dict(targets='norm'), 'matches no matrix'),
     (dict(rest='nrom'), "'nrom' matches no leaf"),
   ],
