@@ -32,6 +32,34 @@ below; weights in bfloat16 take 12.55 GiB beside it.
 """
 
 
+TAIL = """
+## Adapters
+
+Weights `W + s A B` of which the factors are trained, by any optimizer above: `memjax.adapters`, or
+`config.adapter`. What is trained is `r (m + n)` numbers a matrix, less where said; state is that of
+the optimizer on those. W stays in 16 bits, or in 8 or 4 (`config.weights`).
+
+| `adapter.name` | what is added | paper |
+|---|---|---|
+| `lora` | `s A B`; rsLoRA, LoRA+ and dropout are arguments | [LoRA](https://arxiv.org/abs/2106.09685) |
+| `dora` | the same, and a length for each column | [DoRA](https://arxiv.org/abs/2402.09353) |
+| `relora` | `s A B`, merged and begun anew every so often; as published: `compat.relora` | \
+[ReLoRA](https://arxiv.org/abs/2307.05695) |
+| `switchlora` | `s A B`, some vectors of which change places with others in every update | \
+[SwitchLoRA](https://arxiv.org/abs/2406.06564) |
+| `rso` | `P B` with P drawn from a key: `r n` numbers | [RSO](https://arxiv.org/abs/2502.07222) |
+| `flat_lora` | `s A B`, trained under noise of the merged weight | \
+[Flat-LoRA](https://arxiv.org/abs/2409.14396) |
+| `melora` | blocks of `s A B` along the diagonal | [MELoRA](https://arxiv.org/abs/2402.17263) |
+| `sora` | `s A diag(g) B`, g made sparse; as published: `compat.sora_threshold` | \
+[SoRA](https://arxiv.org/abs/2311.11696) |
+| `pc_lora` | `s A B`, while W fades away | [PC-LoRA](https://arxiv.org/abs/2406.09117) |
+
+Rows of a batch that stand for all: `config.select.name='colm'` ([CoLM](https://arxiv.org/abs/2407.19580));
+as published: `compat.colm`.
+"""
+
+
 class Method(NamedTuple):
   """One row and one section of the page."""
 
@@ -260,7 +288,7 @@ def page() -> str:
   for name, size in sorted(sizes.items(), key=lambda item: item[1]):
     method = METHODS[name]
     lines.append(f'| {link(method)} | `{name}` | {method.state} | {size / GIB:,.2f} GiB |')
-  return HEAD + '\n'.join(lines) + '\n' + ''.join(section(name) for name in METHODS)
+  return HEAD + '\n'.join(lines) + '\n' + ''.join(section(name) for name in METHODS) + TAIL
 
 
 def state_bytes(name: str, params) -> int:
