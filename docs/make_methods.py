@@ -41,7 +41,8 @@ the optimizer on those. W stays in 16 bits, or in 8 or 4 (`config.weights`).
 
 | `adapter.name` | what is added | paper |
 |---|---|---|
-| `lora` | `s A B`; rsLoRA, LoRA+ and dropout are arguments | [LoRA](https://arxiv.org/abs/2106.09685) |
+| `lora` | `s A B`; rsLoRA, LoRA+ and dropout are arguments | \
+[LoRA](https://arxiv.org/abs/2106.09685) |
 | `dora` | the same, and a length for each column | [DoRA](https://arxiv.org/abs/2402.09353) |
 | `relora` | `s A B`, merged and begun anew every so often; as published: `compat.relora` | \
 [ReLoRA](https://arxiv.org/abs/2307.05695) |
