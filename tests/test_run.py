@@ -179,6 +179,7 @@ def test_sigterm_before_there_is_anything_to_save_exits_0(moment, tmp_path, cach
 # ---- Another mesh.
 
 
+@pytest.mark.slow
 def test_resuming_on_another_mesh_continues_the_losses(alone, tmp_path):
   """Resumes on 8 devices what one device began, and on 2 x 2 x 2 what 8 began."""
   workdir = tmp_path / 'run'
@@ -231,6 +232,7 @@ def test_the_first_step_after_a_restore_takes_no_more_memory_than_a_fresh_one(ca
 # ---- What is kept and what is left.
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_and_every_so_many_are_kept(tmp_path):
   c = in_process('adamw', steps=12, eval_every=0)
   c.checkpoint.update(every=2, keep=2, keep_every=4)

@@ -62,6 +62,7 @@ def two(cache, tmp_path_factory):
   return launch.once(tmp_path_factory, 'two', make)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_with_as_many_devices(two, cache, tmp_path):
   one = launch.run(tmp_path, *FLAGS, '--config.cpu_devices=4', cache=cache)
   assert one.returncode == 0, one.stderr

@@ -22,8 +22,8 @@ def trained(params: Any) -> Any:
 
   >>> import jax.numpy as jnp
   >>> from memjax.weights import Frozen
-  >>> trained({'kernel': Frozen(jnp.ones((2, 2))), 'bias': jnp.ones(2)})
-  {'kernel': None, 'bias': Array([1., 1.], dtype=float32)}
+  >>> trained({'kernel': Frozen(jnp.ones((2, 2))), 'norm': jnp.ones(2)})
+  {'kernel': None, 'norm': Array([1., 1.], dtype=float32)}
   """
   return jax.tree.map(_trained, params, is_leaf=is_weight)
 

@@ -168,6 +168,7 @@ def config():
   return training.config(dict(name='relora', rank=4, every=2, dropout=0.1), optimizer='adamw')
 
 
+@pytest.mark.slow
 def test_a_run_resumed_midway_is_the_same():
   training.assert_resumes(config())
 

@@ -60,7 +60,7 @@ def assert_frozen_is_as_drawn(c, state):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(before), jax.device_get(after))
 
 
-@pytest.mark.parametrize('step', ['whole_tree', 'layerwise'])
+@pytest.mark.parametrize('step', ['whole_tree', pytest.param('layerwise', marks=pytest.mark.slow)])
 def test_every_mesh_trains_the_same_factors(step):
   c = small_config(step, remat='full')
   one, losses = train(parts_of(c), range(3))
@@ -97,6 +97,7 @@ def test_layer_by_layer_trains_the_factors_of_the_ordinary_step():
 MEZO = dict(name='mezo', learning_rate=1e-2, eps=0.1, noise='rademacher')
 
 
+@pytest.mark.slow
 def test_streamed_from_the_host_they_have_the_bits_of_the_zeroth_order_step():
   c = small_config('zeroth_order', optimizer=MEZO)
   here, losses = train(parts_of(c), range(2))

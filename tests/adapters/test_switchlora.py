@@ -192,6 +192,7 @@ def config():
   return training.config(dict(name='switchlora', **fields))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_midway_is_the_same():
   state = training.assert_resumes(config())
   leaf = state['params']['blocks']['attn']['o']['kernel']

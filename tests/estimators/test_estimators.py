@@ -140,8 +140,8 @@ def test_the_mean_is_the_gradient_and_norms_are_as_stated(name, draws):
 
 
 def test_forward_mode_is_the_limit_of_two_sides():
-  found, _, _ = many('forward')
-  two, _, _ = many('gaussian')
+  found, _, _ = many('forward', DRAWS)
+  two, _, _ = many('gaussian', DRAWS)
   np.testing.assert_allclose(found, two, rtol=1e-3, atol=1e-3 * np.abs(two).max())
 
 

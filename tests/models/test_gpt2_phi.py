@@ -36,6 +36,7 @@ def test_logits_equal_the_float64_reference_with_padding_on_either_side(name):
     np.testing.assert_allclose(ours[kept], expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_gradients_reach_every_leaf_and_a_mesh_changes_none(name):
   plain = MODELS[name][0]()

@@ -37,6 +37,7 @@ def moved_matrices(compiled, parts):
   return {(c.kind, tuple(sorted(size for size in c.shape if size > 1))) for c in found}
 
 
+@pytest.mark.slow
 def test_galore_moves_no_matrix_that_plain_descent_does_not():
   """Eight-way fsdp: weights are gathered and gradients reduced in both; the basis adds nothing."""
   small = dict(model='llama_9m', batch_size=16, accumulate=1, remat='full')

@@ -53,6 +53,7 @@ def test_layer_by_layer_moves_no_matrix_that_the_ordinary_step_does_not():
   assert moved <= moved_matrices(ordinary, parts)
 
 
+@pytest.mark.slow
 def test_state_on_the_host_was_never_on_the_device():
   """It is made a layer at a time: more layers take no more temporary memory."""
 

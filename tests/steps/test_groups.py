@@ -175,6 +175,7 @@ def test_backward_pass_ends_at_the_lowest_unit_that_trains():
   assert found == [0, 1, 2, 3, 3]  # Head, the layers from the top, embedding.
 
 
+@pytest.mark.slow
 def test_clipping_sees_what_trains_and_micro_batches_do_not_rotate():
   rotation = lisa(LAYERS, size=2)
   (_, plain), _, _ = run(rotation, 1, accumulate=2)

@@ -68,6 +68,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
   jax.tree.map(np.testing.assert_array_equal, after['params'], state['params'])
 
 
+@pytest.mark.slow
 def test_a_config_trains_on_a_mesh_with_an_adapter():
   c = config.default()
   c.model, c.step, c.batch_size, c.seq_len = 'llama_tiny', 'hybrid', 8, 8

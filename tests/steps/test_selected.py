@@ -217,6 +217,7 @@ def test_wrong_arguments_are_named():
     selected.random_rows(9, KEY).choose({}, state, POOL)
 
 
+@pytest.mark.slow
 def test_a_config_trains_on_chosen_rows_and_resumes_with_the_same(tmp_path):
   c = config.default()
   c.model, c.model_args = 'llama_tiny', dict(loss_chunk=64, hidden=16, intermediate=16, vocab=64)

@@ -190,6 +190,7 @@ def test_one_batch_accumulates_in_the_subspace_to_the_ordinary_step():
   assert 0 < float(metrics['train/grad_norm']) < np.inf
 
 
+@pytest.mark.slow
 def test_the_subspace_adds_up_what_its_basis_sees_of_each_micro_batch():
   """By hand: the basis of the first micro-batch's gradient, Adam on the projected mean."""
   state, _ = projected_run(4, 'subspace', steps=1)

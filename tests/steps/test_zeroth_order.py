@@ -88,7 +88,10 @@ def assert_same(x, y):
   jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(n, marks=pytest.mark.slow) if n in ('subzero', 'lozo_m') else n for n in NAMES],
+)
 def test_layers_are_updated_as_the_chain_alone_would(name):
   """The step against `update` and `apply_updates` on plain arrays, in a function of its own."""
   transform, step = compiled(name)

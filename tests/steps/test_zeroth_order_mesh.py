@@ -86,6 +86,7 @@ def test_configs_that_contradict_themselves(changes, message):
     build.build(c, sharding.make_mesh(devices=jax.devices()[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rounding', [pytest.param('master', marks=pytest.mark.slow), 'remainder'])
 def test_what_16_bits_lose_of_an_update_is_kept(rounding):
   optimizer = dict(name='mezo', learning_rate=1e-5, eps=0.1, noise='rademacher')

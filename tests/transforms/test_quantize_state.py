@@ -113,7 +113,10 @@ def test_an_array_survives_to_half_a_step_of_its_block(bits, kind, axis):
 # Cut into rows of layers along blocks, and into whole blocks across them.
 @pytest.mark.parametrize(
   ('bits', 'kind', 'shape', 'dtype', 'ulp'),
-  [(8, 'dynamic', (3, 64, 64), 'bfloat16', 2**-7), (4, 'linear', (2, 128, 33), 'float32', 1e-6)],
+  [
+    pytest.param(8, 'dynamic', (3, 64, 64), 'bfloat16', 2**-7, marks=pytest.mark.slow),
+    (4, 'linear', (2, 128, 33), 'float32', 1e-6),
+  ],
 )
 def test_slices_give_the_bits_of_the_whole(bits, kind, shape, dtype, ulp, monkeypatch):
   params = {'w': jnp.ones(shape, dtype), 'b': jnp.ones(8)}

@@ -48,6 +48,7 @@ class TestAccumulation:
     mean = jax.tree.map(lambda x: x / len(parts[0]), total)
     return optimizer.update(mean, state, params, projected=True)
 
+  @pytest.mark.slow
   @pytest.mark.parametrize(
     'options',
     [{'moments': 'rotate'}, {'packed': True}],

@@ -138,6 +138,7 @@ def layer_step():
   return jax.jit(step, donate_argnums=0)
 
 
+@pytest.mark.slow
 def test_a_model_trains_as_in_f32():
   _, losses = run(layer_step(), state_of(), 20)
   dense = whole_tree.init_state(MODEL.init, ADAM, jax.random.key(0))

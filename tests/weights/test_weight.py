@@ -79,6 +79,7 @@ def test_leaf_agrees_with_its_array(transpose, nested):
   np.testing.assert_allclose(weights.take(leaf, ids), dense[ids], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tied', [False, True])
 def test_whole_model_of_leaves_equals_materialised_model(tied):
   model = create('llama_tiny', vocab=64, tied=tied)
