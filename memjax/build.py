@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from memjax import (
   adapters,
-  models,
   optimizers,
   pretrained,
   schedules,
@@ -22,9 +21,9 @@ from memjax import (
   weights,
 )
 from memjax import config as config_lib
+from memjax.build_model import build_model, loaded_fields
 from memjax.estimators import noise
 from memjax.estimators.spsa import dense
-from memjax.models import huggingface
 from memjax.naming import fold_in_path
 from memjax.steps import (
   groups,
@@ -79,8 +78,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   init_params = adapted(pretrained.starting(model, _store(config)), adapter)
   start = pretrained.shapes(config, model)
   stored = jax.eval_shape(init_params, start)
-  whole = sharding.param_shardings(weights.whole(stored), model.SHARDING, mesh)
-  placed = sharding.weight_shardings(stored, whole)
+  placed = _place_params(stored, model, mesh)
   params, dense_shardings = map(weights.dense, map(weights.trained, (stored, placed)))
   layout = sharding.layout(params, dense_shardings)
 
@@ -144,9 +142,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     batch=_pool_shapes(config, mesh, model),
     eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh, model),
     init=_jit_init(config, model, mesh, init_placed, shardings),
-    # Every leaf stays an argument, also one that the transform only passes on: what the receipt
-    # counts is what is alive, and all of it is donated.
-    step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
+    step=_jit_step(train_step, shardings),
     eval_step=jax.jit(lambda params, batch: model.loss(adapters.at_rest(params), batch)),
     view=adapters.at_rest,
   )
@@ -161,8 +157,7 @@ def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
   init = functools.partial(streamed.init_state, init_params, method)
   state = jax.eval_shape(init, pretrained.shapes(config, model))
   here = NamedSharding(mesh, jax.sharding.PartitionSpec())
-  whole = sharding.param_shardings(weights.whole(state['params']), model.SHARDING, mesh)
-  placed = sharding.weight_shardings(state['params'], whole)
+  placed = _place_params(state['params'], model, mesh)
   shardings = {
     'step': here,
     'params': streams.place(placed, state['params']),
@@ -181,7 +176,7 @@ def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
     batch=batch,
     eval_batch=batch,
     init=_jit_init(config, model, mesh, init, shardings, streams.place),
-    step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
+    step=_jit_step(step, shardings),
     eval_step=jax.jit(lambda params, batch: model.loss(view(params), batch)),
     flush=jax.jit(flush, donate_argnums=0, out_shardings=shardings),
     view=view,
@@ -198,8 +193,7 @@ def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
   transform = build_transform(changed, build_schedule(changed), None, model.head_dim)
   init = functools.partial(hybrid.init_state, init_params, last, estimator, transform)
   state = jax.eval_shape(init, pretrained.shapes(config, model))
-  whole = sharding.param_shardings(weights.whole(state['params']), model.SHARDING, mesh)
-  placed = sharding.weight_shardings(state['params'], whole)
+  placed = _place_params(state['params'], model, mesh)
   trained = weights.trained(state['params'])
 
   def of_state(name):
@@ -216,15 +210,16 @@ def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
   inits = {'estimated': estimator.init, 'exact': transform.init}
   step = adapters.over_time(step, adapter, root_key(config, 'adapter'), inits)
   loss = hybrid.make_loss(model)
+  batch = batch_shapes(config.batch_size, config.seq_len, mesh, model)
   return Parts(
     model=model,
     schedule=schedule,
     transform=estimator,
     state=_place(state, shardings),
-    batch=batch_shapes(config.batch_size, config.seq_len, mesh, model),
-    eval_batch=batch_shapes(config.batch_size, config.seq_len, mesh, model),
+    batch=batch,
+    eval_batch=batch,
     init=_jit_init(config, model, mesh, init, shardings),
-    step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True),
+    step=_jit_step(step, shardings),
     eval_step=jax.jit(lambda params, batch: loss(adapters.at_rest(params), batch)),
     view=lambda params: hybrid.join(adapters.at_rest(params)),
   )
@@ -259,8 +254,7 @@ def _make_step(config, model, loss, transform, shardings, gradients):
   options = _options(config)
   if config.step == 'zeroth_order':
     key = options['rounding_key']
-    arguments = dict(rounding_key=key, shardings=shardings)
-    return zeroth_order.make_train_step(loss, transform, **arguments)
+    return zeroth_order.make_train_step(loss, transform, rounding_key=key, shardings=shardings)
   if config.step == 'layerwise':
     return layerwise.make_train_step(model, transform, shardings=gradients, **options)
   where = config.accumulate_in
@@ -300,11 +294,27 @@ def adapted(init_params, adapter):
   return init
 
 
+def _place_params(params, model, mesh):
+  """The shardings of stored parameters, by the model's rules for what they stand for."""
+  whole = sharding.param_shardings(weights.whole(params), model.SHARDING, mesh)
+  return sharding.weight_shardings(params, whole)
+
+
+def _jit_step(step, shardings):
+  """Compiles a step that donates its state.
+
+  Every leaf stays an argument, also one that the transform only passes on: what the receipt counts
+  is what is alive, and all of it is donated.
+  """
+  out = (shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out, keep_unused=True)
+
+
 def _jit_init(config, model, mesh, init, shardings, place=None):
   """Compiles what makes the state, of drawn parameters or of a checkpoint's."""
   options = {'place': place} if place else {}
   if config.load:
-    options['fields'] = _loaded_fields(config, mesh)
+    options['fields'] = loaded_fields(config, model, mesh)
   return pretrained.jit_init(config, model, mesh, init, shardings, **options)
 
 
@@ -324,77 +334,6 @@ def _options(config):
     clip_by=config.clip_by,
     rounding_key=_rounding_key(config),
   )
-
-
-def build_model(config: ConfigDict, mesh: Mesh):
-  """Returns the model of a config, its hidden states sharded like the batch.
-
-  Raises:
-    ValueError: for an unknown model or field, a folder that holds none, or a task that the model
-      cannot do.
-  """
-  return for_task(config, bare_model(config, **_run_fields(config, mesh)))
-
-
-def bare_model(config: ConfigDict, **fields):
-  """Returns the model of a config without the loss of a task; `fields` are those to set."""
-  if config.load:
-    family = type(huggingface.describe(config.load))
-    return huggingface.describe(config.load, **fields | model_fields(config, family))
-  family = models.PRESETS.get(config.model, (None,))[0]
-  return models.create(config.model, **fields | model_fields(config, family))
-
-
-def _run_fields(config, mesh):
-  """Fields of any model that are the run's and not the model's."""
-  return dict(
-    dtype=jnp.dtype(config.compute_dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
-    remat=config.remat,
-    activations=sharding.batch_sharding(mesh),
-  )
-
-
-def _loaded_fields(config, mesh):
-  """Fields to set of the model of a checkpoint."""
-  family = type(huggingface.describe(config.load))
-  return _run_fields(config, mesh) | model_fields(config, family)
-
-
-def model_fields(config: ConfigDict, family: type | None) -> dict:
-  """Returns the fields of a model that a config changes: `model_args`, and an encoder's head."""
-  fields = config.model_args.to_dict()
-  if family is not models.Bert:
-    return fields
-  fields.pop('loss_chunk', None)  # The default's: an encoder has no logits of a vocabulary.
-  if not config.task.name:
-    return fields
-  from memjax import tasks
-
-  return tasks.head_fields(tasks.resolve(config.task)) | fields
-
-
-def for_task(config: ConfigDict, model):
-  """Returns the model with the loss that a config's task asks for.
-
-  Raises:
-    ValueError: when the model cannot do the task, or the step cannot run the model.
-  """
-  encoder = isinstance(model, models.Bert)
-  if encoder and config.step not in ('whole_tree', 'zeroth_order'):
-    raise ValueError(
-      f'config.step={config.step!r} runs decoders layer by layer, and {config.model!r} is an '
-      "encoder; set config.step='whole_tree' or 'zeroth_order'"
-    )
-  if not config.task.name:
-    return model
-  from memjax import tasks
-
-  task = tasks.resolve(config.task)
-  tasks.check_model(task, model, config.seq_len)
-  if config.task.loss == 'tokens' or encoder:
-    return model
-  return tasks.choosing(task, model)
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:

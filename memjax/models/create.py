@@ -1,6 +1,5 @@
 """Models by name."""
 
-import dataclasses
 from typing import Any
 
 from memjax.models import presets
@@ -9,7 +8,7 @@ from memjax.models.gpt2 import GPT2
 from memjax.models.llama import Llama
 from memjax.models.opt import OPT
 from memjax.models.phi import Phi
-from memjax.models.stacked import Stacked
+from memjax.models.stacked import Stacked, check_fields
 from memjax.naming import nearest
 
 # Name -> model family, and the fields that make the size.
@@ -39,8 +38,5 @@ def create(name: str, **overrides: Any) -> Stacked:
   if name not in PRESETS:
     raise ValueError(f'no model is called {name!r}; {nearest(name, PRESETS)}')
   family, fields = PRESETS[name]
-  known = [field.name for field in dataclasses.fields(family)]
-  for override in overrides:
-    if override not in known:
-      raise ValueError(f'{family.__name__} has no field {override!r}; {nearest(override, known)}')
+  check_fields(family, overrides)
   return family(**{**fields, **overrides})

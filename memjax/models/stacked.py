@@ -3,8 +3,9 @@
 Shapes in this file: `B` sequences of `T` tokens, hidden width `D`, `L` layers.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,9 +14,17 @@ from flax import nnx
 
 from memjax.models.module import bind, shapes
 from memjax.models.remat import rematerialise
-from memjax.naming import fold_in_path, path_string
+from memjax.naming import fold_in_path, nearest, path_string
 
 Params = dict[str, Any]
+
+
+def check_fields(family: type, fields: Iterable[str]) -> None:
+  """Raises a `ValueError` for the name of a field that a family lacks, with the nearest."""
+  known = [field.name for field in dataclasses.fields(family)]
+  for field in fields:
+    if field not in known:
+      raise ValueError(f'{family.__name__} has no field {field!r}; {nearest(field, known)}')
 
 
 class Stacked:

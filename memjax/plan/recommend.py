@@ -9,6 +9,7 @@ from rich.table import Table
 
 from memjax import build, optimizers
 from memjax import config as config_lib
+from memjax.build_model import bare_model
 from memjax.models.remat import POLICIES
 from memjax.plan import compiler, work
 from memjax.plan.receipt import receipt, state_bytes, unit_of
@@ -117,7 +118,7 @@ def with_method(config: ConfigDict, name: str) -> ConfigDict:
   """
   if config.optimizer.name == name:
     return config
-  model = build.bare_model(config)
+  model = bare_model(config)
   known = optimizers.arguments(name)
   fitting = {  # As published: a quarter of the width, four fifths of the run.
     'rank': max(1, model.hidden // 4),
@@ -165,7 +166,7 @@ def _methods(config) -> list[str]:
 
 
 def _state_numbers(config) -> int:
-  params = build.bare_model(config).abstract()
+  params = bare_model(config).abstract()
   state = jax.eval_shape(build.build_transform(config, 0.0).init, params)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 

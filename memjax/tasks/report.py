@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from memjax import build, checkpoint, sharding, workdir
 from memjax import config as config_lib
+from memjax.build_model import build_model, loaded_fields
 from memjax.models import huggingface
 from memjax.tasks import loading
 from memjax.tasks.evaluation import measure
@@ -108,10 +109,9 @@ def _read_run(folder, config, mesh):
 
 
 def _read_pretrained(folder, config, mesh):
-  model = build.build_model(config, mesh)
-  fields = {'param_dtype': config.param_dtype, 'activations': sharding.batch_sharding(mesh)}
-  fields |= build.model_fields(config, type(huggingface.describe(folder)))
-  return model, huggingface.load(folder, config.compute_dtype, mesh=mesh, **fields)[1], None
+  model = build_model(config, mesh)
+  fields = loaded_fields(config, model, mesh)
+  return model, huggingface.load(folder, mesh=mesh, **fields)[1], None
 
 
 def _fields(config, name, changes):

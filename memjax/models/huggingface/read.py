@@ -21,6 +21,7 @@ from memjax import sharding as sharding_lib
 from memjax.models.huggingface import families
 from memjax.models.huggingface.checkpoint import Checkpoint, Tensors, open_folder
 from memjax.models.huggingface.family import BLOCKS, Config, Family, Index, Name, Shape
+from memjax.models.stacked import check_fields
 from memjax.naming import nearest, path_string
 
 
@@ -176,10 +177,7 @@ def _open(path: str | pathlib.Path) -> Checkpoint:
 def _model(checkpoint: Checkpoint, dtype: Any, fields: dict[str, Any]) -> tuple[Family, Any]:
   family = families.of_config(checkpoint.config)
   model = _to_model(family, checkpoint.config)
-  known = [field.name for field in dataclasses.fields(model)]
-  for field in fields:
-    if field not in known:
-      raise ValueError(f'{type(model).__name__} has no field {field!r}; {nearest(field, known)}')
+  check_fields(type(model), fields)
   dtype = jnp.dtype(_main_dtype(checkpoint.tensors) if dtype is None else dtype)
   return family, dataclasses.replace(model, **{'dtype': dtype, 'param_dtype': dtype, **fields})
 
