@@ -55,7 +55,7 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
   for path in filter(chosen.__contains__, named):
     _check(path, named[path], spec.rank)
     if hasattr(spec, 'check'):
-      spec.check(path, _shape(named[path]).shape[-2:])
+      spec.check(path, weights.whole(named[path]).shape[-2:])
   if spec.rest and spec.rest != '.*' and not any(re.search(spec.rest, path) for path in named):
     raise ValueError(f'rest={spec.rest!r} matches no leaf; {nearest(spec.rest, named)}')
 
@@ -82,7 +82,7 @@ def _targets(named, spec) -> set[str]:
         f'{path} is a {type(leaf).__name__} leaf already; merge or detach what was attached before'
       )
   if not spec.targets:
-    chosen = {path for path, leaf in named.items() if default_targets(path, _shape(leaf))}
+    chosen = {path for path, leaf in named.items() if default_targets(path, weights.whole(leaf))}
   else:
     # Stacked norms and biases [L, n] have two axes, and are vectors all the same.
     matrices = {path for path in named if path.split('/')[-1] not in ('scale', 'bias')}
@@ -93,7 +93,7 @@ def _targets(named, spec) -> set[str]:
 
 
 def _check(path, leaf, rank):
-  shape = _shape(leaf).shape
+  shape = weights.whole(leaf).shape
   if len(shape) not in (2, 3):
     raise ValueError(f'{path}: shape {shape} is no matrix [m, n] or stack [L, m, n] to adapt')
   if not 1 <= rank <= min(shape[-2:]):
@@ -103,14 +103,10 @@ def _check(path, leaf, rank):
     )
 
 
-def _shape(leaf):
-  return weights.whole(leaf)
-
-
 def _adapt(leaf, spec, key):
-  if len(_shape(leaf).shape) == 2:
+  if len(weights.whole(leaf).shape) == 2:
     return spec.adapt(leaf, key)
   # Not by a loop, which would copy the stack: what is only passed on stays where it is.
-  layers = jnp.arange(_shape(leaf).shape[0])
+  layers = jnp.arange(weights.whole(leaf).shape[0])
   adapt_layer = lambda matrix, index: spec.adapt(matrix, jax.random.fold_in(key, index))
   return jax.vmap(adapt_layer)(leaf, layers)

@@ -73,7 +73,7 @@ class LoRA:
 
   def adapt(self, matrix: Any, key: jax.Array) -> weights.Adapted:
     """Returns the adapted leaf of a matrix `[m, n]`."""
-    shape = jax.eval_shape(weights.materialize, matrix)
+    shape = weights.whole(matrix)
     m, n = shape.shape
     dtype = jnp.dtype(self.dtype or shape.dtype)
     return weights.Adapted(

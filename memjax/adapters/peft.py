@@ -221,7 +221,7 @@ def _check_targets(config: Config, found: dict) -> None:
 
 def _leaf(path, leaf, owners, config, tensors, dropout, use_dora):
   """The adapted leaf of a matrix or a stack, of the modules that `owners` has by layer."""
-  shape = jax.eval_shape(weights.materialize, leaf).shape
+  shape = weights.whole(leaf).shape
   layers = range(shape[0]) if len(shape) == 3 else [None]
   if absent := [layer for layer in layers if layer not in owners]:
     raise ValueError(

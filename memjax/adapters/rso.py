@@ -63,7 +63,7 @@ class RSO:
 
   def adapt(self, matrix: Any, key: jax.Array) -> weights.Adapted:
     """Returns the leaf of a matrix `[m, n]`, in its first subspace."""
-    shape = jax.eval_shape(weights.materialize, matrix)
+    shape = weights.whole(matrix)
     m, n = shape.shape
     subspace = weights.Drawn(jax.random.key_data(key), (m, self.rank), 1 / math.sqrt(self.rank))
     return weights.Adapted(

@@ -96,7 +96,7 @@ class SwitchLoRA:
 
   def adapt(self, matrix: Any, key: jax.Array) -> Switched:
     """Returns the adapted leaf of a matrix `[m, n]`."""
-    shape = jax.eval_shape(weights.materialize, matrix)
+    shape = weights.whole(matrix)
     m, n = shape.shape
     dtype, pool = jnp.dtype(self.dtype or shape.dtype), jnp.arange(min(m, n))
     first = min(m, n) - self.rank

@@ -123,5 +123,5 @@ def group_scales(leaf: Leaf, scales: jax.Array) -> jax.Array:
 
 def _shape(value):
   if weights.is_weight(value):
-    value = jax.eval_shape(weights.materialize, value)
+    value = weights.whole(value)
   return tuple(np.shape(value)), jnp.result_type(value)

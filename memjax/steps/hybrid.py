@@ -95,8 +95,8 @@ def make_train_step(model: Any, estimator, transform, *, rounding_key=None, shar
     shardings: `NamedSharding`s of the training state; None leaves it to the compiler.
   """
   transform = optax.with_extra_args_support(transform)
-  part = lambda tree, name: tree and {k: tree[k][name] for k in ('params', 'opt')}
-  advance = zeroth_order.make_apply(estimator, rounding_key, part(shardings, 'estimated'))
+  where = shardings and {k: shardings[k]['estimated'] for k in ('params', 'opt')}
+  advance = zeroth_order.make_apply(estimator, rounding_key, where)
 
   def step(state, batch):
     count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)

@@ -44,7 +44,7 @@ def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
-    master = jax.tree.map(lambda p: _wide(p) if _is_half(p) else optax.MaskedNode(), params)
+    master = jax.tree.map(lambda p: _wide(p) if is_half(p) else optax.MaskedNode(), params)
     return KeepMasterState(master, inner.init(jax.tree.map(_wide, params)))
 
   def update(updates, state, params=None, **extra_args):
@@ -55,21 +55,22 @@ def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
     moved = jax.tree.map(lambda m, u: m + u.astype(m.dtype), masters, updates)
     # Exact: two numbers this near each other have their difference in f32.
     updates = jax.tree.map(
-      lambda p, m, u: m - _wide(p) if _is_half(p) else u, params, moved, updates
+      lambda p, m, u: m - _wide(p) if is_half(p) else u, params, moved, updates
     )
-    master = jax.tree.map(lambda p, m: m if _is_half(p) else optax.MaskedNode(), params, moved)
+    master = jax.tree.map(lambda p, m: m if is_half(p) else optax.MaskedNode(), params, moved)
     return updates, KeepMasterState(master, after)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _choose(param, master):
-  return master if _is_half(param) else param
+  return master if is_half(param) else param
 
 
-def _is_half(x) -> bool:
+def is_half(x) -> bool:
+  """Whether an array is of floating numbers of 16 bits."""
   return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
 
 
 def _wide(x: Any) -> Any:
-  return x.astype(jnp.float32) if _is_half(x) else x
+  return x.astype(jnp.float32) if is_half(x) else x

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memjax.transforms.master import is_half
+
 
 class KeepRemainderState(NamedTuple):
   """State of `keep_remainder`."""
@@ -47,7 +49,7 @@ def keep_remainder(inner: optax.GradientTransformation) -> optax.GradientTransfo
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
-    zeros = lambda p: jnp.zeros(p.shape, jnp.bfloat16) if _is_half(p) else optax.MaskedNode()
+    zeros = lambda p: jnp.zeros(p.shape, jnp.bfloat16) if is_half(p) else optax.MaskedNode()
     return KeepRemainderState(jax.tree.map(zeros, params), inner.init(params))
 
   def update(updates, state, params=None, **extra_args):
@@ -57,7 +59,7 @@ def keep_remainder(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
     def add(param, remainder, update):
       """The update that leads to the rounded sum, and what is left of the sum."""
-      if not _is_half(param):
+      if not is_half(param):
         return update, remainder
       wide = param.astype(jnp.float32)
       total = wide + (remainder.astype(jnp.float32) + update.astype(jnp.float32))
@@ -75,7 +77,3 @@ def keep_remainder(inner: optax.GradientTransformation) -> optax.GradientTransfo
 def _bits(dtype) -> tuple[int, int]:
   info = jnp.finfo(dtype)
   return info.nexp, info.nmant
-
-
-def _is_half(x) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
