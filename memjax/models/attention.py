@@ -143,6 +143,12 @@ def attend(
   return checkpoint_name(y.reshape(batch, length, heads * width), 'attention')
 
 
+def check(implementation: str) -> None:
+  """Raises a `ValueError` for an implementation that does not exist."""
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'attention {implementation!r} is none of {", ".join(IMPLEMENTATIONS)}.')
+
+
 def choose(implementation: str, dtype: jnp.dtype, head_dim: int, masked: bool = False) -> str:
   """Resolves 'auto' for the devices of this process: 'cudnn' where its flash attention applies,
   else 'xla'.

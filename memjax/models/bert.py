@@ -29,14 +29,12 @@ from jax.sharding import Sharding
 
 from memjax import weights
 from memjax.models import encoder_heads
-from memjax.models.attention import IMPLEMENTATIONS
 from memjax.models.decoder import padding
 from memjax.models.layers import Embed, LayerNorm
 from memjax.models.layout import spread_lookup
-from memjax.models.learned_positions import Block
+from memjax.models.learned_positions import Block, LayerNormBlocks
 from memjax.models.module import bind, declare
-from memjax.models.remat import check_policy
-from memjax.models.stacked import Params, Stacked
+from memjax.models.stacked import Params
 
 # As `memjax.models.llama.SHARDING`; a bias lies as the columns of its matrix.
 SHARDING = (
@@ -68,7 +66,7 @@ class Input(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bert(Stacked):
+class Bert(LayerNormBlocks):
   """An encoder of the BERT family with a head: its sizes, and pure functions of its parameters.
 
   Hashable and without arrays, so it can be a static argument of `jit`. Tokens attend to both sides,
@@ -140,24 +138,8 @@ class Bert(Stacked):
       raise ValueError(
         f'hidden {self.hidden} is not a multiple of heads {self.heads}, which share it evenly.'
       )
-    if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f'attention {self.attention!r} is none of {", ".join(IMPLEMENTATIONS)}.')
     encoder_heads.check(self.task, self.pool)
-    check_policy(self.remat)
-    # Frozen, but types are made comparable once, here.
-    settle = lambda name, value: object.__setattr__(self, name, value)
-    settle('dtype', jnp.dtype(self.dtype))
-    settle('param_dtype', jnp.dtype(self.param_dtype))
-
-  @property
-  def head_dim(self) -> int:
-    """Head width `H`."""
-    return self.hidden // self.heads
-
-  @property
-  def kv_heads(self) -> int:
-    """Key-value heads: as many as there are queries."""
-    return self.heads
+    self._settle()
 
   def modules(self):
     return Input(self), Block(self), encoder_heads.Head(self)
@@ -192,19 +174,6 @@ class Bert(Stacked):
     shape = jnp.broadcast_shapes(positions.shape, token_types.shape)
     positions, token_types = (jnp.broadcast_to(x, shape) for x in (positions, token_types))
     return self._constrain(bind(Input(self), params['embed'])(tokens, positions, token_types))
-
-  def block(self, layer: Params, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Applies one block.
-
-    Args:
-      layer: One layer of `params['blocks']`: the same dict without the leading axis.
-      x: Hidden states `[B, T, D]`.
-      mask: `bool[B, T]`, tokens that may be attended to; default all.
-
-    Returns:
-      Hidden states `[B, T, D]`.
-    """
-    return self._constrain(bind(Block(self), layer)(x, mask))
 
   def hidden_states(
     self,

@@ -12,13 +12,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from memjax import weights
-from memjax.models.attention import IMPLEMENTATIONS, Attention
+from memjax.models.attention import Attention
 from memjax.models.decoder import Decoder, padding
 from memjax.models.layers import MLP, Embed, LayerNorm, Linear
 from memjax.models.layout import spread_lookup
 from memjax.models.module import bind, declare
-from memjax.models.remat import check_policy
-from memjax.models.stacked import Params
+from memjax.models.stacked import Params, Stacked
 
 # As `memjax.models.llama.SHARDING`; a bias lies as the columns of its matrix.
 SHARDING = (
@@ -102,7 +101,34 @@ class Head(nnx.Module):
     return self.embed.attend(x) if self.tied else self.head(x)
 
 
-class LearnedPositions(Decoder):
+class LayerNormBlocks(Stacked):
+  """Families whose layers are `Block`s: OPT, GPT-2 and BERT."""
+
+  @property
+  def head_dim(self) -> int:
+    """Head width `H`."""
+    return self.hidden // self.heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Key-value heads: as many as there are queries."""
+    return self.heads
+
+  def block(self, layer: Params, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Applies one block.
+
+    Args:
+      layer: One layer of `params['blocks']`: the same dict without the leading axis.
+      x: Hidden states `[B, T, D]`.
+      mask: `bool[B, T]`, tokens that may be attended to; default all.
+
+    Returns:
+      Hidden states `[B, T, D]`.
+    """
+    return self._constrain(bind(Block(self), layer)(x, mask))
+
+
+class LearnedPositions(LayerNormBlocks, Decoder):
   """What OPT and GPT-2 share; a family is a frozen dataclass with the fields these modules read."""
 
   OFFSET: ClassVar[int]  # Rows of the table of positions before that of the first token.
@@ -118,23 +144,7 @@ class LearnedPositions(Decoder):
       raise ValueError(
         f'hidden {self.hidden} is not a multiple of heads {self.heads}, which share it evenly.'
       )
-    if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f'attention {self.attention!r} is none of {", ".join(IMPLEMENTATIONS)}.')
-    check_policy(self.remat)
-    # Frozen, but a field left open is settled here once, and types are made comparable.
-    settle = lambda name, value: object.__setattr__(self, name, value)
-    settle('dtype', jnp.dtype(self.dtype))
-    settle('param_dtype', jnp.dtype(self.param_dtype))
-
-  @property
-  def head_dim(self) -> int:
-    """Head width `H`."""
-    return self.hidden // self.heads
-
-  @property
-  def kv_heads(self) -> int:
-    """Key-value heads: as many as there are queries."""
-    return self.heads
+    self._settle()
 
   def modules(self):
     return Input(self), Block(self), Head(self)
@@ -160,19 +170,6 @@ class LearnedPositions(Decoder):
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None, :]
     return self._constrain(bind(Input(self), params['embed'])(tokens, positions))
-
-  def block(self, layer: Params, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Applies one block.
-
-    Args:
-      layer: One layer of `params['blocks']`: the same dict without the leading axis.
-      x: Hidden states `[B, T, D]`.
-      mask: `bool[B, T]`, tokens that may be attended to; default all.
-
-    Returns:
-      Hidden states `[B, T, D]`.
-    """
-    return self._constrain(bind(Block(self), layer)(x, mask))
 
   def hidden_states(
     self, params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None

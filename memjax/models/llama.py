@@ -25,19 +25,14 @@ Any leaf may be a `memjax.weights.Weight` instead of an array.
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding
 
-from memjax.models.attention import IMPLEMENTATIONS, Attention
-from memjax.models.decoder import Decoder, Params, padding
+from memjax.models.attention import Attention
 from memjax.models.layers import Embed, GatedMLP, Linear, RMSNorm
-from memjax.models.layout import spread_lookup
-from memjax.models.module import bind
-from memjax.models.remat import check_policy
 from memjax.models.rotary import RopeScaling
+from memjax.models.rotary_decoder import RotaryDecoder
 
 # Path -> layout over a mesh with axes 'data', 'fsdp', 'tensor'; the first match wins. Rows or
 # columns of a pair of products are split over 'tensor' so that the pair needs one all-reduce; the
@@ -97,7 +92,7 @@ class Head(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama(Decoder):
+class Llama(RotaryDecoder):
   """A LLaMA-family model: its sizes, and pure functions of its parameters.
 
   Hashable and without arrays, so it can be a static argument of `jit`. The three pieces `embed`,
@@ -170,13 +165,10 @@ class Llama(Decoder):
         f'hidden {self.hidden} is not a multiple of heads {self.heads}; '
         'set head_dim to say how wide a head is.'
       )
-    # Frozen, but a field left open is settled here once, and types are made comparable and
-    # hashable.
-    settle = lambda name, value: object.__setattr__(self, name, value)
-    settle('kv_heads', self.heads if self.kv_heads is None else self.kv_heads)
-    settle('head_dim', self.hidden // self.heads if self.head_dim is None else self.head_dim)
-    settle('dtype', jnp.dtype(self.dtype))
-    settle('param_dtype', jnp.dtype(self.param_dtype))
+    self._settle(
+      kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
+      head_dim=self.hidden // self.heads if self.head_dim is None else self.head_dim,
+    )
     if self.kv_heads < 1 or self.heads % self.kv_heads:
       raise ValueError(
         f'heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: '
@@ -188,43 +180,6 @@ class Llama(Decoder):
       )
     if self.window is not None and self.window < 1:
       raise ValueError(f'window {self.window}: a token reads at least itself; None sets no limit.')
-    if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f'attention {self.attention!r} is none of {", ".join(IMPLEMENTATIONS)}.')
-    check_policy(self.remat)
 
   def modules(self):
     return Embed(self.vocab, self.hidden, self.param_dtype), Block(self), Head(self)
-
-  def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-    """Embeds tokens `i32[B, T]` as hidden states `[B, T, D]`; reads `params['embed']` only."""
-    embed = bind(Embed(self.vocab, self.hidden, self.param_dtype), params['embed'])
-    return spread_lookup(embed(tokens).astype(self.dtype), self.activations)
-
-  def block(
-    self,
-    layer: Params,
-    x: jax.Array,
-    positions: jax.Array | None = None,
-    mask: jax.Array | None = None,
-  ) -> jax.Array:
-    """Applies one block.
-
-    Args:
-      layer: One layer of `params['blocks']`: the same dict without the leading axis.
-      x: Hidden states `[B, T, D]`.
-      positions: Rotary positions `i32[B, T]`; default `0 .. T - 1`.
-      mask: `bool[B, T]`, tokens that may be attended to; default all.
-
-    Returns:
-      Hidden states `[B, T, D]`.
-    """
-    if positions is None:
-      positions = jnp.arange(x.shape[1])[None, :]
-    return self._constrain(bind(Block(self), layer)(x, positions, mask))
-
-  def hidden_states(
-    self, params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None
-  ) -> jax.Array:
-    """Returns hidden states `[B, T, D]` after the last block; arguments as in `logits`."""
-    positions, mask = padding(attention_mask)
-    return self.blocks(params['blocks'], self.embed(params, tokens), positions, mask)

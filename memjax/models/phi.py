@@ -20,19 +20,13 @@ Any leaf may be a `memjax.weights.Weight` instead of an array.
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding
 
-from memjax.models.attention import IMPLEMENTATIONS, Attention
-from memjax.models.decoder import Decoder, padding
+from memjax.models.attention import Attention
 from memjax.models.layers import MLP, Embed, LayerNorm, Linear
-from memjax.models.layout import spread_lookup
-from memjax.models.module import bind
-from memjax.models.remat import check_policy
-from memjax.models.stacked import Params
+from memjax.models.rotary_decoder import RotaryDecoder
 
 # As `memjax.models.llama.SHARDING`; a bias lies as the columns of its matrix.
 SHARDING = (
@@ -82,7 +76,7 @@ class Head(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Phi(Decoder):
+class Phi(RotaryDecoder):
   """A model of the Phi-1, 1.5 or 2 kind: its sizes, and pure functions of its parameters.
 
   Hashable and without arrays, so it can be a static argument of `jit`. There is no dropout.
@@ -141,11 +135,7 @@ class Phi(Decoder):
     for name in ('heads', 'layers', 'loss_chunk'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} is {getattr(self, name)}; it must be positive.')
-    # Frozen, but a field left open is settled here once, and types are made comparable.
-    settle = lambda name, value: object.__setattr__(self, name, value)
-    settle('kv_heads', self.heads if self.kv_heads is None else self.kv_heads)
-    settle('dtype', jnp.dtype(self.dtype))
-    settle('param_dtype', jnp.dtype(self.param_dtype))
+    self._settle(kv_heads=self.heads if self.kv_heads is None else self.kv_heads)
     if self.hidden % self.heads:
       raise ValueError(
         f'hidden {self.hidden} is not a multiple of heads {self.heads}, which share it evenly.'
@@ -160,9 +150,6 @@ class Phi(Decoder):
         f'rotary_dim {self.rotary_dim} is no even number between 2 and the head width '
         f'{self.head_dim}.'
       )
-    if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f'attention {self.attention!r} is none of {", ".join(IMPLEMENTATIONS)}.')
-    check_policy(self.remat)
 
   @property
   def head_dim(self) -> int:
@@ -171,27 +158,3 @@ class Phi(Decoder):
 
   def modules(self):
     return Embed(self.vocab, self.hidden, self.param_dtype), Block(self), Head(self)
-
-  def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-    """Embeds tokens `i32[B, T]` as hidden states `[B, T, D]`; reads `params['embed']` only."""
-    embed = bind(self.modules()[0], params['embed'])
-    return spread_lookup(embed(tokens).astype(self.dtype), self.activations)
-
-  def block(
-    self,
-    layer: Params,
-    x: jax.Array,
-    positions: jax.Array | None = None,
-    mask: jax.Array | None = None,
-  ) -> jax.Array:
-    """Applies one block; arguments as in `memjax.models.Llama.block`."""
-    if positions is None:
-      positions = jnp.arange(x.shape[1])[None, :]
-    return self._constrain(bind(Block(self), layer)(x, positions, mask))
-
-  def hidden_states(
-    self, params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None
-  ) -> jax.Array:
-    """Returns hidden states `[B, T, D]` after the last block; arguments as in `logits`."""
-    positions, mask = padding(attention_mask)
-    return self.blocks(params['blocks'], self.embed(params, tokens), positions, mask)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax.models import attention
 from memjax.models.module import bind, shapes
-from memjax.models.remat import rematerialise
+from memjax.models.remat import check_policy, rematerialise
 from memjax.naming import fold_in_path, nearest, path_string
 
 Params = dict[str, Any]
@@ -30,8 +31,9 @@ def check_fields(family: type, fields: Iterable[str]) -> None:
 class Stacked:
   """Pure functions of the parameters of a model whose blocks are alike and stacked `[L, ...]`.
 
-  A family is a frozen dataclass with the fields `layers`, `init_std`, `remat` and `activations`
-  (see `memjax.models.llama.Llama`), a method `block`, and `modules`.
+  A family is a frozen dataclass with the fields `layers`, `init_std`, `dtype`, `param_dtype`,
+  `remat`, `attention` and `activations` (see `memjax.models.llama.Llama`), a method `block`, and
+  `modules`.
   """
 
   def modules(self) -> tuple[nnx.Module, nnx.Module, nnx.Module]:
@@ -39,6 +41,16 @@ class Stacked:
     top-level keys of the parameters.
     """
     raise NotImplementedError
+
+  def _settle(self, **fields: Any) -> None:
+    """Checks the words among a family's fields, makes its types comparable and hashable, and sets
+    `fields`, which were left open: once, in `__post_init__`, since a family is frozen.
+    """
+    attention.check(self.attention)
+    check_policy(self.remat)
+    types = {name: jnp.dtype(getattr(self, name)) for name in ('dtype', 'param_dtype')}
+    for name, value in {**types, **fields}.items():
+      object.__setattr__(self, name, value)
 
   # Parameters.
 
