@@ -77,7 +77,7 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
 
 def _targets(named, spec) -> set[str]:
   for path, leaf in named.items():
-    if weights.is_weight(leaf) and hasattr(leaf, 'TRAINED') and not isinstance(leaf, weights.NF4):
+    if isinstance(leaf, weights.Frozen) or getattr(leaf, 'TRAINED', ()):
       raise ValueError(
         f'{path} is a {type(leaf).__name__} leaf already; merge or detach what was attached before'
       )

@@ -120,6 +120,24 @@ class Adapted:
     return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
 
+class Around:
+  """What leaves around an adapted one share; it is their field `adapted`."""
+
+  @property
+  def base(self) -> jax.Array | Weight:
+    """W."""
+    return self.adapted.base
+
+  @property
+  def key(self) -> jax.Array | None:
+    """Raw key of the noise, `u32[..., k]`; None at rest."""
+    return self.adapted.key
+
+  def with_key(self, key: jax.Array | None):
+    """Returns the leaf with another key of the dropout, or none."""
+    return dataclasses.replace(self, adapted=self.adapted.with_key(key))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(form, scale, x, base, a, b):
   if form.forward == 'merged':

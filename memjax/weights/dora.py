@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from memjax.weights.adapted import Adapted
+from memjax.weights.adapted import Adapted, Around
 from memjax.weights.weight import Weight, dot, materialize
 
 
@@ -19,7 +19,7 @@ from memjax.weights.weight import Weight, dot, materialize
   jax.tree_util.register_dataclass, data_fields=('adapted', 'magnitude', 'square'), meta_fields=()
 )
 @dataclasses.dataclass(frozen=True)
-class DoRA:
+class DoRA(Around):
   """`V diag(g / |V|)` with `V = W + s A B`: each column of V, at a trained length.
 
   Lengths of V are constants to a derivative, as published, and they are had without V: `r` products
@@ -41,16 +41,6 @@ class DoRA:
 
   TRAINED: ClassVar = ('adapted', 'magnitude')
 
-  @property
-  def base(self) -> jax.Array | Weight:
-    """W."""
-    return self.adapted.base
-
-  @property
-  def key(self) -> jax.Array | None:
-    """Raw key of the dropout, which what is added to W alone sees."""
-    return self.adapted.key
-
   def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
     """Returns `x[..., m] @ w[m, n]`, or `x[..., n] @ w^T`, in `x.dtype`."""
     if transpose:
@@ -70,10 +60,6 @@ class DoRA:
     """Returns what is added to W: `f32[..., m, n]`."""
     base = jax.lax.stop_gradient(materialize(self.base)).astype(jnp.float32)
     return (base + self.adapted.delta()) * self._gain()[..., None, :] - base
-
-  def with_key(self, key: jax.Array | None) -> 'DoRA':
-    """Returns the leaf with another key of the dropout, or none."""
-    return dataclasses.replace(self, adapted=self.adapted.with_key(key))
 
   def spread(self, entries: tuple) -> 'DoRA':
     """See `memjax.sharding.weight_shardings`."""

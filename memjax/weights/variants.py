@@ -14,29 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.weights.adapted import Adapted
+from memjax.weights.adapted import Adapted, Around
 from memjax.weights.dora import column_lengths
 from memjax.weights.frozen import spread
 from memjax.weights.perturbed import Perturbed
 from memjax.weights.weight import Weight, dot, materialize, take
 
 
-class Variant:
-  """What leaves here share; they have a field `adapted` and a method `resolved`."""
+class Variant(Around):
+  """What leaves here share; they have a method `resolved`."""
 
   def resolved(self) -> Adapted:
     """Returns the adapted weight that this leaf stands for."""
     raise NotImplementedError
-
-  @property
-  def base(self) -> jax.Array | Weight:
-    """W."""
-    return self.adapted.base
-
-  @property
-  def key(self) -> jax.Array | None:
-    """Raw key of the noise, `u32[..., k]`; None at rest."""
-    return self.adapted.key
 
   def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
     """Returns `x[..., m] @ w[m, n]`, or `x[..., n] @ w^T`, in `x.dtype`."""
@@ -53,10 +43,6 @@ class Variant:
   def delta(self) -> jax.Array:
     """Returns what is added to W: `f32[..., m, n]`."""
     return self.resolved().delta()
-
-  def with_key(self, key: jax.Array | None):
-    """Returns the leaf with another key of the dropout, or none."""
-    return dataclasses.replace(self, adapted=self.adapted.with_key(key))
 
 
 @functools.partial(
