@@ -27,7 +27,7 @@ def start(workdir, *flags, moment='', send=signal.SIGTERM, config=SMOKE, cache=N
   if moment:
     command += [__file__, moment, str(int(send))]
   command += ['run.py', *([f'--config={config}'] if config else []), f'--workdir={workdir}', *flags]
-  environment = dict(JAX_PLATFORMS='cpu', XLA_FLAGS='', PYTHONPATH=str(ROOT), **environment)
+  environment = dict(JAX_PLATFORMS='cpu', PYTHONPATH=str(ROOT), **environment)
   if cache:  # Compiled programs and tokens, shared between the runs of a test file.
     environment |= {
       'XDG_CACHE_HOME': str(cache),

@@ -7,6 +7,8 @@ import launch
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 FLAGS = (
   f'--config.steps={STEPS}',
@@ -62,7 +64,6 @@ def two(cache, tmp_path_factory):
   return launch.once(tmp_path_factory, 'two', make)
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_with_as_many_devices(two, cache, tmp_path):
   one = launch.run(tmp_path, *FLAGS, '--config.cpu_devices=4', cache=cache)
   assert one.returncode == 0, one.stderr
@@ -88,7 +89,6 @@ def test_only_process_0_writes_and_prints(two):
   assert steps == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_the_same_step_and_both_resume(two, cache, tmp_path):
   workdir = tmp_path / 'run'
   # Slow steps: JAX looks for the signal once a second.

@@ -297,6 +297,7 @@ def test_weights_that_faded_are_exported_as_products():
   close(one.dot(x @ one.materialize(), True), x @ one.materialize() @ one.materialize().T)
 
 
+@pytest.mark.slow
 def test_hidden_states_are_compared_with_the_original():
   params = fading(2)
   batch = {k: jnp.arange(16).reshape(2, 8) for k in ('tokens', 'targets')}

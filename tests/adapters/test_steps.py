@@ -60,6 +60,7 @@ def assert_frozen_is_as_drawn(c, state):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(before), jax.device_get(after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', ['whole_tree', pytest.param('layerwise', marks=pytest.mark.slow)])
 def test_every_mesh_trains_the_same_factors(step):
   c = small_config(step, remat='full')
@@ -131,6 +132,7 @@ def assert_resumes(parts, directory):
   return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('step', 'changes'),
   [

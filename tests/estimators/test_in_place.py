@@ -33,7 +33,8 @@ def direction(params):
   return jax.tree.map(lambda e: e / find(state).slopes[0, 0], estimate)
 
 
-@pytest.mark.parametrize('tied', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('tied', [False, True])
 def test_a_slope_is_that_of_weights_perturbed_in_place_which_drift(tied):
   """The published way: add, evaluate, subtract twice, evaluate, add."""
   model = tiny.make(layers=2, tied=tied)

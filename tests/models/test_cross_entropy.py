@@ -102,7 +102,13 @@ def unsharded():
   return model, params, batch, jax.jit(value_and_grad(model))(params, batch)
 
 
-@pytest.mark.parametrize('shape', MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+  'shape',
+  [
+    pytest.param(shape, id=name, marks=() if name == 'fsdp' else pytest.mark.slow)
+    for name, shape in MESHES.items()
+  ],
+)
 def test_sharded_loss_moves_no_hidden_states(unsharded, shape):
   """Over 8 devices: the same numbers, no gathered batch, and the head gathered outside the loop."""
   model, params, batch, ((expected, expected_count), expected_grads) = unsharded

@@ -177,6 +177,7 @@ def test_initial_values_are_addressed_by_path_and_layer():
   assert not np.isclose(q, o).all()
 
 
+@pytest.mark.slow
 def test_initial_values_are_the_same_in_another_process():
   program = (
     'import jax; from memjax.models import create;'

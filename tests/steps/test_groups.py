@@ -62,7 +62,13 @@ def reference(rotation, steps):
   return params
 
 
-@pytest.mark.parametrize('name', ROTATIONS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=pytest.mark.slow) if n in ('hift random', 'lisa keep') else n
+    for n in ROTATIONS
+  ],
+)
 def test_units_train_as_alone_in_their_turn(name):
   rotation = ROTATIONS[name]()
   steps = 6  # More than a cycle.

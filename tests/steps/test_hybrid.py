@@ -60,6 +60,7 @@ def test_both_kinds_have_layers(last):
     start(last)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_changes_nothing():
   state = start()
   state['params']['exact']['final_norm']['scale'] *= jnp.nan

@@ -117,7 +117,10 @@ def test_layers_are_updated_as_the_chain_alone_would(name):
   assert np.isfinite(list(metrics.values())).all()
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(n, marks=pytest.mark.slow) if n in ('subzero', 'lozo_m') else n for n in NAMES],
+)
 def test_a_replay_gives_the_bits_of_the_run(name, tmp_path):
   transform, _ = compiled(name)
   state, _ = trained(name)

@@ -42,11 +42,12 @@ MEZO = dict(name='mezo', learning_rate=1e-3, eps=0.1)
 LOZO = dict(name='lozo', learning_rate=1e-3, eps=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('optimizer', 'axes'),
   [
     pytest.param(MEZO, (8, 1, 1), id='mezo-data'),
-    pytest.param(LOZO, (2, 2, 2), id='lozo-mixed', marks=pytest.mark.slow),
+    pytest.param(LOZO, (2, 2, 2), id='lozo-mixed'),
   ],
 )
 def test_sharded_training_is_that_of_one_device(optimizer, axes):

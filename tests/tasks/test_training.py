@@ -59,6 +59,7 @@ def naive_losses(choosing, params, batch):
   return np.logaddexp(*scores.T) - scores[np.arange(rows), batch['labels']]
 
 
+@pytest.mark.slow
 def test_training_on_options_reads_the_clue(choosing):
   """The loss is the one of the paper, and falls from chance to certainty on rows held out."""
   optimizer = optax.adam(0.02)

@@ -181,6 +181,7 @@ def test_codes_and_scales_are_all_that_is_kept_and_are_overwritten():
   assert compiled.memory_analysis().alias_size_in_bytes >= total
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   model = dataclasses.replace(MODEL, activations=sharding.batch_sharding(mesh))
