@@ -66,7 +66,7 @@ def _loop(eqn, inputs, apart):
   p = eqn.params
   if eqn.primitive.name == 'scan':
     body = _open(p['jaxpr'])
-    consts, carry, rest = _cut(inputs, p['num_consts'], p['num_carry'])
+    consts, carry, rest = _cut(inputs, *_scanned(eqn, body))
     test = lambda carry: _NOTHING
   else:
     body, ask = _open(p['body_jaxpr']), _open(p['cond_jaxpr'])
@@ -80,6 +80,17 @@ def _loop(eqn, inputs, apart):
     if after == carry:
       return after + outputs[len(carry) :]
     carry = after
+
+
+def _scanned(eqn, body) -> tuple[int, int]:
+  """How many inputs of a scan are constants, and how many are carried.
+
+  JAX's versions name the counts differently; by shape, the body sees a slice of what is scanned and
+  the whole of everything else.
+  """
+  whole = lambda outer, inner: outer.aval.ndim == inner.aval.ndim
+  carried = sum(map(whole, eqn.outvars, body.outvars))
+  return sum(map(whole, eqn.invars, body.invars)) - carried, carried
 
 
 def _cut(items, first, second):
