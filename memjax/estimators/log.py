@@ -128,6 +128,8 @@ def fingerprint(params: Any) -> jax.Array:
 
   Sends four bytes a leaf under a mesh. Weights of more than 32 bits are rounded to f32 first.
   """
+  # Of what is kept: else a GPU holds weights that are made here in f32 too, for these sums.
+  params = lax.optimization_barrier(params)
   total = jnp.zeros((), jnp.uint32)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     total += _leaf_fingerprint(address(jax.random.key(0), 0, path_string(path)), leaf)

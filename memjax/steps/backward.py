@@ -110,13 +110,13 @@ def layer_grads(task, params, inputs, cotangent, index):
 
   def in_a_loop(cotangent):
     # Of one trip, which the compiler does not see through: all that reads the weights comes
-    # before what overwrites them. Else XLA's CPU backend copies whole stacks; a TPU needs no such
-    # help, and the loop would cost it another copy of a layer's gradient.
+    # before what overwrites them. Else the CPU's and the GPU's backends copy whole stacks; a TPU
+    # needs no such help, and the loop would cost it another copy of a layer's gradient.
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, cotangent)[0])
     trip = lambda _, made: differentiate(made[1])
     return lax.fori_loop(index, index + 1, trip, (zeros, cotangent))
 
-  return lax.platform_dependent(cotangent, cpu=in_a_loop, default=differentiate)
+  return lax.platform_dependent(cotangent, tpu=differentiate, default=in_a_loop)
 
 
 def take_layer(params, inputs, index):

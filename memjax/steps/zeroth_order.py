@@ -60,8 +60,8 @@ def make_train_step(
     params, state = state['params'], {**state, 'params': weights.trained(state['params'])}
     value_fn = lambda trained: loss(weights.replaced(params, trained), batch)[0] / count
     opt = measure(transform, state, value_fn=value_fn)
-    rows = _first_rows(state['params'])
-    state = advance({**state, 'opt': _after(rows, opt)})
+    rows, opt = _after(_first_rows(state['params']), opt)
+    state = advance({**state, 'opt': opt})
     found = find(state['opt'])
     metrics = {
       'train/loss': found.value,
@@ -201,12 +201,12 @@ def _first_rows(params):
 
 
 def _after(read, opt):
-  """Makes the update wait for what was read: otherwise all parameters are copied for it."""
-
-  def wait(x):
-    return x._replace(count=lax.optimization_barrier((x.count, read))[0]) if is_state(x) else x
-
-  return jax.tree.map(wait, opt, is_leaf=is_state)
+  """Makes the update wait for what was read: else all parameters are copied, to read it later."""
+  opt, treedef = jax.tree.flatten(opt, is_leaf=is_state)
+  at = next(i for i, leaf in enumerate(opt) if is_state(leaf))
+  read, count = lax.optimization_barrier((read, opt[at].count))
+  opt[at] = opt[at]._replace(count=count)
+  return read, treedef.unflatten(opt)
 
 
 def _ulps(old, new):

@@ -115,3 +115,47 @@ def test_adamw_at_7b_needs_52_gib_of_a_4090(tmp_path):
   assert report['error'] is None
   assert report['fits'] is False
   assert report['peak_bytes'] == pytest.approx(52.1 * 2**30, rel=0.05)
+
+
+def in_place(optimizer, layers=4, **changes):
+  """A config in bfloat16, of layers whose matrices are large beside what else a step holds."""
+  c = config.default()
+  c.model, c.batch_size, c.seq_len = 'llama_60m', 1, 64
+  c.model_args = dict(loss_chunk=64, layers=layers, vocab=2048)
+  c.param_dtype = c.compute_dtype = 'bfloat16'
+  c.optimizer = optimizer
+  c.update(changes)
+  return c
+
+
+MEZO = config.optimizer('mezo', learning_rate=1e-6, eps=1e-3, log_steps=9)
+ADALOMO = config.optimizer('adalomo', learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('optimizer', 'changes'),
+  [
+    pytest.param(MEZO, dict(step='zeroth_order'), id='zeroth order'),
+    pytest.param(ADALOMO, dict(step='layerwise', remat='full'), id='layerwise'),
+  ],
+)
+def test_a_step_writes_over_the_weights_without_a_copy(optimizer, changes):
+  """More layers take room for their weights and inputs alone."""
+  temporary, parameters = [], []
+  for layers in (12, 24):
+    job = compiler.config_job(in_place(optimizer, layers, **changes), 'rtx4090')
+    found = program.report(job)
+    assert found['error'] is None
+    temporary.append(found['compiled']['temp'])
+    parameters.append(found['parts']['parameters'])
+  more = parameters[1] - parameters[0]
+  assert more > 2**24
+  assert temporary[1] - temporary[0] < 0.1 * more
+
+
+def test_the_start_of_a_log_holds_no_second_copy_of_the_weights():
+  c = in_place(MEZO, step='zeroth_order')
+  mesh = sharding.make_mesh(devices=targets.open_devices(targets.parse('rtx4090'))[:1])
+  init = build.build(c, mesh).init
+  compiled = init.lower(jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+  assert compiled.temp_size_in_bytes < 0.1 * compiled.output_size_in_bytes
