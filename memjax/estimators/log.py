@@ -137,8 +137,17 @@ def fingerprint(params: Any) -> jax.Array:
 
 
 def _leaf_fingerprint(key, leaf):
+  """A stack layer by layer: a GPU would hold its hashed bits whole."""
+  if leaf.ndim < 3:
+    return _sum_of_hashes(key, leaf, jnp.uint32(0))
+  layer = lambda at: _sum_of_hashes(key, leaf[at], at)
+  return jnp.sum(lax.map(layer, jnp.arange(leaf.shape[0], dtype=jnp.uint32)), dtype=jnp.uint32)
+
+
+def _sum_of_hashes(key, leaf, place):
+  """Of an array whose first number has the place `place`, times its size, in its leaf."""
   bits = lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-  place = jnp.zeros(leaf.shape, jnp.uint32)
+  place = jnp.full(leaf.shape, place)
   for axis, size in enumerate(leaf.shape):  # Without a reshape, which would move shards.
     index = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     place = place * np.uint32(size % 2**32) + index

@@ -119,7 +119,7 @@ def quantize_state(
         blocks = blockwise.plan(leaf.shape, block_size, bits, ways(path, leaf.shape))
         if blocks is not None:
           count = cut(path, leaf.shape, blocks)
-          inner_leaves[i], scales[i] = _first(leaf, blocks, coders[signs[name]], count)
+          inner_leaves[i], scales[i] = _first(leaf, blocks, coders[signs[name]], count.default)
     return QuantizeState(tree.unflatten(inner_leaves), tree.unflatten(scales))
 
   def update(updates, state, params=None, **extra_args):
@@ -159,7 +159,7 @@ def quantize_state(
       decode=decode,
       encode=encode,
       owners={i: b.owner for i, b in belongs.items()},
-      cuts={k: count for k, count in counts.items() if count > 1},
+      cuts={k: count for k, count in counts.items() if count.default > 1},
     )
     return updates, QuantizeState(
       tree.unflatten(x.codes if isinstance(x, blockwise.Packed) else x for x in stored),
@@ -230,14 +230,14 @@ def _shape(x, bits):
   return blockwise.shape(x, bits) if isinstance(x, blockwise.Packed) else x.shape
 
 
-def _count(shape, blocks, ways, rows_known) -> int:
+def _count(shape, blocks, ways, rows_known) -> slices.Counts:
   """Slices for a leaf of this shape, its axes divided over `ways` devices.
 
   Rows are cut where `layout` has told that devices do not share them: a slice of shared rows would
   be gathered.
   """
   if len(shape) > 2 and ways[0] > 1:
-    return 1
+    return slices.Counts(1, 1)
   rows = 0
   if rows_known and len(shape) > 1 and ways[-2] == 1:
     # Whole blocks, and whole tiles of a TPU's memory, 32 rows of bytes.

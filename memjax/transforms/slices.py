@@ -3,7 +3,9 @@
 Shapes in this file: an array `[L, m, n]` or `[m, n]` is viewed as `[c, ...]`, `c` slices.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -19,8 +21,17 @@ _ELEMENTWISE = frozenset({
 })
 # fmt: on
 
-# Numbers in a slice: 2 MiB in f32, work enough for a kernel and nothing beside a model.
+# Numbers in a slice: 2 MiB in f32, what a core's cache holds. A GPU, which waits for its host once
+# a slice, has more of them: 32 MiB, still nothing beside a model.
 NUMBERS = 2**19
+GPU_TIMES = 16
+
+
+class Counts(NamedTuple):
+  """How many slices an array is cut into."""
+
+  default: int
+  gpu: int
 
 
 def is_elementwise(function, *args) -> bool:
@@ -58,15 +69,22 @@ def _open(jaxpr):
   return getattr(jaxpr, 'jaxpr', jaxpr)
 
 
-def count(shape, rows: int) -> int:
+def count(shape, rows: int) -> Counts:
   """Slices to cut an array into so that none has more than `NUMBERS` numbers.
+
+  >>> count((32_000, 4096), 32), count((256, 512), 32)
+  (Counts(default=250, gpu=20), Counts(default=1, gpu=1))
 
   Args:
     shape: Shape of the array, or of a device's part of it.
     rows: The last axis but one may be cut into parts that this divides; 0 if it may not, because
       devices share it. The leading axis of `[L, m, n]` always may.
   """
-  wanted = math.prod(shape) / NUMBERS
+  return Counts(_count(shape, rows, NUMBERS), _count(shape, rows, GPU_TIMES * NUMBERS))
+
+
+def _count(shape, rows, numbers):
+  wanted = math.prod(shape) / numbers
   if len(shape) < 2 or wanted <= 1:
     return 1
   layers = shape[0] if len(shape) > 2 else 1
@@ -90,24 +108,32 @@ def view(x, count: int):
   return x.reshape(count, x.shape[-2] * layers // count, x.shape[-1])
 
 
-def run(function, arrays, count: int):
+def run(function, arrays, counts: Counts):
   """Maps `function` over slices of a pytree of arrays, in place.
 
   The loop carries the arrays and overwrites what it has read: `lax.scan` would hold a second copy
   of every result until its end.
 
   Args:
-    function: (index of the slice, pytree of slices) -> pytree of the same shapes and dtypes.
+    function: (index of the slice, pytree of slices, number of slices) -> pytree of the same shapes
+      and dtypes.
     arrays: Pytree of arrays.
-    count: Number of slices.
+    counts: Number of slices.
   """
+  loop = lambda count: functools.partial(_loop, function, count)
+  if counts.gpu == counts.default:
+    return _loop(function, counts.default, arrays)
+  gpu = loop(counts.gpu)
+  return lax.platform_dependent(arrays, cuda=gpu, rocm=gpu, default=loop(counts.default))
 
+
+def _loop(function, count, arrays):
   def body(at, views):
     taken = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, at, keepdims=False), views)
     # A loop of one trip, which the compiler does not see through. Otherwise XLA's CPU backend fuses
     # the reading with the arithmetic, finds that one array is read while another is written, and
     # copies all of them, whole, for every slice.
-    made = lax.fori_loop(at, at + 1, function, taken)
+    made = lax.fori_loop(at, at + 1, lambda at, x: function(at, x, count), taken)
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, at, 0), views, made)
 
   views = lax.fori_loop(0, count, body, jax.tree.map(lambda x: view(x, count), arrays))

@@ -60,7 +60,7 @@ def update(
   decode: Callable[[int, Any], jax.Array],
   encode: Callable[[int, jax.Array, Any], Any],
   owners: dict[int, int],
-  cuts: dict[int, int],
+  cuts: dict[int, slices.Counts],
 ) -> tuple[Any, list]:
   """Decodes the state, runs `inner`, encodes the state.
 
@@ -77,7 +77,7 @@ def update(
     decode: (index in `stored`, stored leaf or a slice of it) -> what `inner` sees.
     encode: (index, what `inner` returns, stored leaf it replaces) -> stored leaf.
     owners: Index in `stored` -> index of the gradient it belongs to.
-    cuts: Index of a gradient -> number of slices.
+    cuts: Index of a gradient -> numbers of slices.
 
   Returns:
     Updates, stored leaves.
@@ -111,18 +111,17 @@ def update(
     cuts = {}
   shared = {i: x for i, x in stored.items() if owners.get(i) not in cuts}
   done = {}, {}
-  for k, count in cuts.items():
+  for k, counts in cuts.items():
     scalars = {i: x for i, x in shared.items() if i not in owners}
-    weight = None if params is None else slices.view(params[k], count)
 
-    def step_slice(at, carry, k=k, scalars=scalars, weight=weight):
+    def step_slice(at, carry, count, k=k, scalars=scalars):
       gradient, owned = carry
-      one = None if weight is None else {k: weight[at]}
+      one = None if params is None else {k: slices.view(params[k], count)[at]}
       out, after = step({k: gradient}, owned | scalars, one)
       return out[k], {i: after[i] for i in owned}
 
     owned = {i: x for i, x in stored.items() if owners.get(i) == k}
-    done[0][k], after = slices.run(step_slice, (gradients[k], owned), count)
+    done[0][k], after = slices.run(step_slice, (gradients[k], owned), counts)
     done[1].update(after)
   rest = lambda tree: None if tree is None else {k: x for k, x in tree.items() if k not in cuts}
   out, after = step(rest(gradients), shared, rest(params))

@@ -154,8 +154,9 @@ def test_a_step_writes_over_the_weights_without_a_copy(optimizer, changes):
 
 
 def test_the_start_of_a_log_holds_no_second_copy_of_the_weights():
-  c = in_place(MEZO, step='zeroth_order')
+  c = config.load('configs/mezo_llama7b.py')
   mesh = sharding.make_mesh(devices=targets.open_devices(targets.parse('rtx4090'))[:1])
   init = build.build(c, mesh).init
   compiled = init.lower(jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
-  assert compiled.temp_size_in_bytes < 0.1 * compiled.output_size_in_bytes
+  assert compiled.output_size_in_bytes > 12 * 2**30
+  assert compiled.temp_size_in_bytes < 2**30
