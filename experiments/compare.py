@@ -80,7 +80,8 @@ def _common(names):
 def result(directory: pathlib.Path, label: str) -> dict:
   """Reads what one run left."""
   lines = metrics.read(directory)
-  parts = json.loads((directory / 'memory.json').read_text())['parts']
+  receipt = json.loads((directory / 'memory.json').read_text())
+  parts = receipt['parts']
   evaluations = [line for line in lines if 'eval/loss' in line]
   seconds = [line['throughput/step_seconds'] for line in lines if 'throughput/step_seconds' in line]
   return {
@@ -89,6 +90,7 @@ def result(directory: pathlib.Path, label: str) -> dict:
     'eval/perplexity': evaluations[-1]['eval/perplexity'],
     'state_bytes': parts['basis'] + parts['moments'] + parts['other_state'],
     'parameter_bytes': parts['parameters'],
+    'peak_bytes': receipt['peak_bytes'],
     # The fastest tenth of the logged intervals: other work on the machine slows the rest.
     'step_seconds': statistics.quantiles(seconds, n=10)[0],
     'curve': [(line['step'], line['eval/loss']) for line in evaluations],
@@ -98,7 +100,7 @@ def result(directory: pathlib.Path, label: str) -> dict:
 def table(rows: list[dict]) -> Table:
   """Returns the comparison; perplexity and step time are also given relative to the first row."""
   out = Table(title='Same model, same tokens')
-  columns = ('run', 'eval loss', 'perplexity', 'rel.', 'state MiB', 'step s', 'rel.')
+  columns = ('run', 'eval loss', 'perplexity', 'rel.', 'state MiB', 'peak MiB', 'step s', 'rel.')
   for column in columns:
     out.add_column(column, justify='left' if column == 'run' else 'right')
   for row in rows:
@@ -108,6 +110,7 @@ def table(rows: list[dict]) -> Table:
       f'{row["eval/perplexity"]:.2f}',
       f'{row["eval/perplexity"] / rows[0]["eval/perplexity"]:.3f}',
       f'{row["state_bytes"] / MIB:.2f}',
+      f'{row["peak_bytes"] / MIB:.0f}',
       f'{row["step_seconds"]:.3f}',
       f'{row["step_seconds"] / rows[0]["step_seconds"]:.3f}',
     )
@@ -116,19 +119,23 @@ def table(rows: list[dict]) -> Table:
 
 def draw(rows: list[dict], directory: pathlib.Path) -> None:
   """Draws validation loss over steps, and its last value over the bytes of optimizer state."""
-  figure = Figure(figsize=(11, 4.2), layout='constrained')
+  figure = Figure(figsize=(12, 5.5), layout='constrained')
   FigureCanvasAgg(figure)
   curves, points = figure.subplots(1, 2)
-  for row in rows:
-    (line,) = curves.plot(*zip(*row['curve'], strict=True), marker='.', label=row['name'])
+  for i, row in enumerate(rows):
+    style = ('-', '--', ':')[i // 10 % 3]  # Colours come round after ten.
+    (line,) = curves.plot(*zip(*row['curve'], strict=True), style, marker='.', label=row['name'])
     size = row['state_bytes'] / MIB
-    points.scatter(size, row['eval/loss'], color=line.get_color(), s=60, label=row['name'])
+    points.scatter(size, row['eval/loss'], color=line.get_color(), s=30)
+    points.annotate(
+      row['name'], (size, row['eval/loss']), (4, 2), textcoords='offset points', fontsize='x-small'
+    )
   curves.set(xlabel='step', ylabel='validation loss (nats a token)')
   points.set(xlabel='optimizer state (MiB)', ylabel='last validation loss', xlim=(0, None))
   for axes in (curves, points):
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-  curves.legend(frameon=False, fontsize='small')
+  curves.legend(frameon=False, fontsize='x-small', ncols=1 + len(rows) // 10)
   figure.savefig(directory / 'compare.png', dpi=150)
 
 

@@ -66,14 +66,14 @@ METHODS_BY_NAME = {
   'lora': Method(
     'LoRA, rank 8',
     'adamw',
-    5e-4,
+    2e-3,
     {},
     dict(adapter=config_lib.adapter('lora', rank=8, alpha=16.0)),
   ),
   'adamw': Method('AdamW, layer by layer', 'adamw', 2e-5, {}, dict(step='layerwise', remat='full')),
-  'mezo': Method('MeZO', 'mezo', 1e-6, dict(eps=EPS), _VALUES),
-  'lozo': Method('LOZO, rank 2', 'lozo', 1e-6, dict(eps=EPS, rank=2), _VALUES),
-  'subzero': Method('SubZero, rank 24', 'subzero', 1e-6, dict(eps=EPS, rank=24), _VALUES),
+  'mezo': Method('MeZO', 'mezo', 2e-5, dict(eps=EPS), _VALUES),
+  'lozo': Method('LOZO, rank 2', 'lozo', 2e-5, dict(eps=EPS, rank=2), _VALUES),
+  'subzero': Method('SubZero, rank 24', 'subzero', 2e-5, dict(eps=EPS, rank=24), _VALUES),
   'zo_adam': Method('ZO-Adam', 'zo_adam', 1e-5, dict(eps=EPS), _VALUES),
 }
 

@@ -71,10 +71,10 @@ def _lora(rank: int) -> adapters.LoRA:
 
 
 METHODS_BY_NAME = {
-  'adamw': Method('AdamW', 3e-4, optimizers.dense.adamw),
-  'adamw8bit': Method('AdamW, 8 bits', 3e-4, optimizers.quantised.adamw8bit),
-  'galore_r4': Method('GaLore, rank 4', 4e-4, _galore(4, 4.0)),
-  'galore_r8': Method('GaLore, rank 8', 4e-4, _galore(8, 2.0)),
+  'adamw': Method('AdamW', 1e-4, optimizers.dense.adamw),
+  'adamw8bit': Method('AdamW, 8 bits', 1e-4, optimizers.quantised.adamw8bit),
+  'galore_r4': Method('GaLore, rank 4', 5e-4, _galore(4, 4.0)),
+  'galore_r8': Method('GaLore, rank 8', 5e-4, _galore(8, 2.0)),
   'apollo_mini': Method('APOLLO-Mini', 3e-4, optimizers.low_rank.apollo_mini),
   'lora_r4': Method('LoRA, rank 4', 2e-3, optimizers.dense.adamw, _lora(4)),
   'lora_r8': Method('LoRA, rank 8', 2e-3, optimizers.dense.adamw, _lora(8)),
