@@ -73,9 +73,18 @@ def _count_equation(equation, refresh_every) -> float:
   if name == 'while':
     turns = max((shape[0] for shape in shapes if len(shape) > 2), default=1)
     return sum(inner) * turns / refresh_every
+  if params.get('branches_platforms'):  # The same in other ways: take one whose loops are known.
+    return next((n for n, b in zip(inner, params['branches']) if _turns_are_known(b)), min(inner))
   if name == 'cond' and inner:
     return min(inner) + (max(inner) - min(inner)) / refresh_every
   return sum(inner)
+
+
+def _turns_are_known(jaxpr) -> bool:
+  jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+  inside = (sub for equation in jaxpr.eqns for sub in _subprograms(equation.params))
+  loops = any(equation.primitive.name == 'while' for equation in jaxpr.eqns)
+  return not loops and all(map(_turns_are_known, inside))
 
 
 def _subprograms(params):
