@@ -202,9 +202,7 @@ def test_a_step_takes_six_operations_a_parameter_a_token_and_eight_rematerialise
   c.remat = 'full'
   expected = 8 * blocks * tokens + 16 * scores + 8 * head * tokens
   assert work.step_flops(c) == pytest.approx(expected, rel=0.05)
-  c.step = (
-    'layerwise'  # Every block runs twice there too, whatever loops a backend needs around it.
-  )
+  c.step = 'layerwise'  # Every block runs twice there too, whatever loops a backend needs.
   assert work.step_flops(c) == pytest.approx(expected, rel=0.05)
   c.optimizer = config.optimizer('galore', learning_rate=0.1, rank=2, refresh_every=200)
   assert work.step_flops(c) == pytest.approx(expected, rel=0.15)
