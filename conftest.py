@@ -7,7 +7,7 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Compiling for a TPU asks no 
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # in as many test processes as there are.
 # Tests compile much and compute little: a third of their time goes with LLVM's optimisations.
 os.environ['XLA_FLAGS'] = (
-  '--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true '
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
   + os.environ.get('XLA_FLAGS', '')
 )
 

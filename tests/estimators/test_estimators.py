@@ -17,6 +17,9 @@ from memjax.estimators.low_rank import _RIGHT, _factor, orthonormal, square_side
 
 SHAPES = {'bias': (3,), 'blocks': {'w': (2, 4, 6)}}  # Few leaves, which compile soon.
 is_shape = lambda x: isinstance(x, tuple)
+# Slopes are f64. Noise is f32, and two programs that LLVM does not optimise, as under these tests,
+# round it alike only before JAX 0.11.
+EXACT = 1e-10 if jax.__version_info__ < (0, 11) else 1e-6
 ESTIMATORS = {
   'gaussian': lambda **k: estimators.spsa(0.1, **k),
   'rademacher': lambda **k: estimators.spsa(0.1, noise='rademacher', **k),
@@ -82,7 +85,7 @@ def test_a_slope_is_the_gradient_along_what_is_handed_on(name, form, x64):
       z = {'bias': z['bias'], 'blocks': {'w': 2 * z['blocks']['w']}}
     # On the sphere slopes multiply unscaled noise; its scale is formed in f32.
     factor = 51 / product(z, z) if name == 'sphere' else 1
-    tolerance = 1e-6 if name == 'sphere' else 1e-10
+    tolerance = 1e-6 if name == 'sphere' else EXACT
     np.testing.assert_allclose(slope, product(gradient, z) * factor, rtol=tolerance)
     assert int(state.count) == number + 1
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(estimate))
@@ -154,7 +157,7 @@ def test_samples_are_averaged_from_the_same_parameters(x64):
     estimate, state = run(params, state)
     alone.append(estimate)
   mean = jax.tree.map(lambda *x: sum(x) / 4, *alone)
-  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=EXACT, atol=EXACT / 100)
   jax.tree.map(near, together, mean)
   assert after.slopes.shape == (4, 1)
 
@@ -167,7 +170,7 @@ def test_one_side_differs_by_the_curvature(x64):
   estimate, other = update(two)(params, two.init(params))
   slope = float(other.slopes[0, 0])
   curved = 0.1 / 2 * product(estimate, estimate) / slope**2
-  np.testing.assert_allclose(state.slopes[0, 0] - slope, curved, rtol=1e-10)
+  np.testing.assert_allclose(state.slopes[0, 0] - slope, curved, rtol=EXACT)
 
 
 def test_blockwise_has_a_slope_for_every_layer_and_other_key(x64):
@@ -178,7 +181,7 @@ def test_blockwise_has_a_slope_for_every_layer_and_other_key(x64):
   gradient = jax.tree.map(lambda x, a: x - a, params, draw(1))
   parts = lambda t: [t['bias'], *t['blocks']['w']]
   for slope, g, e in zip(state.slopes[0], parts(gradient), parts(estimate), strict=True):
-    np.testing.assert_allclose(slope**2, product(g, e), rtol=1e-10)
+    np.testing.assert_allclose(slope**2, product(g, e), rtol=EXACT)
 
 
 def test_targets_leave_the_others_alone():
