@@ -114,6 +114,7 @@ def test_rows_without_weight_and_padded_columns_change_no_loss_and_no_gradient()
   assert_gradients_close(padded, grads, 1e-5)  # f32 sums in another order.
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_leaf_and_a_mesh_changes_none():
   plain = make(**FORMS['classification'])
   params, batch = random_params(plain), batch_of(plain)

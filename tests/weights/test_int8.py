@@ -149,6 +149,7 @@ def test_a_model_trains_as_in_f32():
   np.testing.assert_allclose(losses, reference, atol=0.02)
 
 
+@pytest.mark.slow
 def test_layer_by_layer_equals_the_ordinary_step():
   key = jax.random.key(5)
   step = jax.jit(whole_tree.make_train_step(MODEL.loss, ADAM, rounding_key=key))
