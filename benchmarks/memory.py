@@ -5,8 +5,7 @@
 
 Configs run one after another, each in a process of its own, on random tokens. `before` is what lay
 on the device before the first step (parameters, optimizer state, batch), `peak` the most that ever
-did since; the receipt is the compiler's forecast of both. GPUs only: the CPU has no such counter,
-and a TPU's is read in the same way.
+did since; the receipt is the compiler's forecast of both. A CPU does not count: take a GPU or TPU.
 """
 
 import json

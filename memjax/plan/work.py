@@ -52,9 +52,7 @@ def count(jaxpr, refresh_every: int = 1) -> float:
   >>> count(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4))))
   48.0
   """
-  if isinstance(jaxpr, ClosedJaxpr):
-    jaxpr = jaxpr.jaxpr
-  return float(sum(_count_equation(equation, refresh_every) for equation in jaxpr.eqns))
+  return float(sum(_count_equation(equation, refresh_every) for equation in _equations(jaxpr)))
 
 
 def _count_equation(equation, refresh_every) -> float:
@@ -81,10 +79,14 @@ def _count_equation(equation, refresh_every) -> float:
 
 
 def _turns_are_known(jaxpr) -> bool:
-  jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-  inside = (sub for equation in jaxpr.eqns for sub in _subprograms(equation.params))
-  loops = any(equation.primitive.name == 'while' for equation in jaxpr.eqns)
-  return not loops and all(map(_turns_are_known, inside))
+  return all(
+    equation.primitive.name != 'while' and all(map(_turns_are_known, _subprograms(equation.params)))
+    for equation in _equations(jaxpr)
+  )
+
+
+def _equations(jaxpr):
+  return jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns
 
 
 def _subprograms(params):

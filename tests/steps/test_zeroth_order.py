@@ -88,10 +88,13 @@ def assert_same(x, y):
   jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.mark.parametrize(
+each_name = pytest.mark.parametrize(
   'name',
   [pytest.param(n, marks=pytest.mark.slow) if n in ('subzero', 'lozo_m') else n for n in NAMES],
 )
+
+
+@each_name
 def test_layers_are_updated_as_the_chain_alone_would(name):
   """The step against `update` and `apply_updates` on plain arrays, in a function of its own."""
   transform, step = compiled(name)
@@ -117,10 +120,7 @@ def test_layers_are_updated_as_the_chain_alone_would(name):
   assert np.isfinite(list(metrics.values())).all()
 
 
-@pytest.mark.parametrize(
-  'name',
-  [pytest.param(n, marks=pytest.mark.slow) if n in ('subzero', 'lozo_m') else n for n in NAMES],
-)
+@each_name
 def test_a_replay_gives_the_bits_of_the_run(name, tmp_path):
   transform, _ = compiled(name)
   state, _ = trained(name)

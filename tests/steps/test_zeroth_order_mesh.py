@@ -88,7 +88,7 @@ def test_configs_that_contradict_themselves(changes, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rounding', [pytest.param('master', marks=pytest.mark.slow), 'remainder'])
+@pytest.mark.parametrize('rounding', ['master', 'remainder'])
 def test_what_16_bits_lose_of_an_update_is_kept(rounding):
   optimizer = dict(name='mezo', learning_rate=1e-5, eps=0.1, noise='rademacher')
   c = small_config(optimizer, param_dtype='bfloat16', rounding=rounding)
