@@ -109,8 +109,9 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   }
   if 'select' in state:
     shardings['select'] = jax.tree.map(lambda _: shardings['step'], state['select'])
-  # What is kept for a group's next turn waits for it in the host's memory.
-  fraction = 1.0 if rotation is not None and rotation.keep else config.offload_state
+  fraction = config.offload_state
+  if fraction < 0:  # What is kept for a group's next turn waits for it in the host's memory.
+    fraction = float(rotation is not None and rotation.keep)
   init_placed = init
   if fraction:
     slots = slices.plan(optax.with_extra_args_support(transform), params)
@@ -345,22 +346,36 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
   return schedule(
     config.optimizer.learning_rate,
     steps=config.steps,
-    warmup_steps=int(s.warmup_ratio * config.steps),
+    warmup_steps=_warmup_steps(config),
     final_ratio=s.final_ratio,
     **{field: s[field] for field in restarts if field in taken},
   )
 
 
+def _warmup_steps(config):
+  return int(config.schedule.warmup_ratio * config.steps)
+
+
 def build_rotation(config: ConfigDict, layers: int) -> rotations.Rotation | None:
-  """Returns who trains when, for the steps in which groups of layers take turns."""
+  """Returns who trains when, for the steps in which groups of layers take turns.
+
+  Raises:
+    ValueError: for turns that do not exist in a model of so many layers, and where no update of the
+      run has a learning rate above zero.
+  """
   if config.step not in rotations.ROTATIONS:
     return None
-  factory = rotations.ROTATIONS[config.step]
-  taken = inspect.signature(factory).parameters
-  chosen = {k: v for k, v in config.groups.to_dict().items() if v}
-  if foreign := [k for k in chosen if k not in taken]:
-    raise ValueError(f'config.groups.{foreign[0]} means nothing to {config.step!r}; leave it out')
-  return factory(layers, key=root_key(config, 'groups'), **chosen)
+  chosen = {k: v for k, v in config.groups.items() if v}
+  make = rotations.ROTATIONS[config.step]
+  rotation = make(layers, key=root_key(config, 'groups'), **chosen)
+  if _warmup_steps(config) and rotation.cycle >= config.steps:
+    raise ValueError(
+      f'config.steps is {config.steps}, but config.step={config.step!r} goes through all groups in '
+      f'{rotation.cycle}, at the learning rate of the first of these, which a warm-up makes 0: '
+      'nothing would train; set config.schedule.warmup_ratio=0, larger groups '
+      '(config.groups.size), or more steps'
+    )
+  return rotation
 
 
 def build_transform(

@@ -79,12 +79,15 @@ def default() -> ConfigDict:
   # optimizer that takes no gradient; or 'streamed', the same with the blocks in host memory.
   c.step = 'whole_tree'
   # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
-  # what the method's authors chose.
-  c.groups = ConfigDict(dict(size=0, every=0, order=''))
+  # what the method's authors chose. With `keep` a layer finds its state again at its next turn in
+  # lisa; with `ends` embedding and head have turns in badam.
+  c.groups = ConfigDict(dict(size=0, every=0, order='', keep=False, ends=False))
   # Of step='hybrid': the last layers are trained by this optimizer on gradients, the others by
   # `optimizer` on values.
   c.hybrid = ConfigDict(dict(layers=1, optimizer='adamw', learning_rate=1e-5))
-  c.offload_state = 0.0  # Fraction of the optimizer state in host memory, streamed layer by layer.
+  # Fraction of the optimizer state in host memory, streamed layer by layer; -1 is all of it where
+  # groups wait for their next turn (hift, and lisa with groups.keep), else none.
+  c.offload_state = -1.0
   c.steps = 1000  # Updates.
   c.batch_size = 8  # Sequences an update, all micro-batches together.
   c.select = ConfigDict(selectors.fields())  # Trains on a chosen part of each batch.
@@ -324,9 +327,13 @@ def _check_step(c: ConfigDict) -> None:
       "config.weights='nf4' holds weights that stay as they are: 16 levels lie too far apart to be "
       "trained. Train beside them with config.adapter.name='lora', or set config.weights='int8'"
     )
-  if not 0 <= c.offload_state <= 1:
-    raise ValueError(f'config.offload_state is {c.offload_state}; it is a fraction, in [0, 1]')
-  if c.offload_state and c.step == 'whole_tree':
+  _check_groups(c)
+  if not (0 <= c.offload_state <= 1 or c.offload_state == -1):
+    raise ValueError(
+      f'config.offload_state is {c.offload_state}; it is a fraction, in [0, 1], or -1 for the '
+      'choice of config.step'
+    )
+  if c.offload_state > 0 and c.step == 'whole_tree':
     raise ValueError(
       f'config.offload_state is {c.offload_state}, but the ordinary step needs the whole state at '
       "once; set config.step='layerwise'"
@@ -344,12 +351,22 @@ def _check_step(c: ConfigDict) -> None:
     )
 
 
+def _check_groups(c: ConfigDict) -> None:
+  takers = lambda field: [s for s in rotations.ROTATIONS if field in rotations.arguments(s)]
+  for field, value in c.groups.items():
+    if value and c.step not in takers(field):
+      raise ValueError(
+        f'config.groups.{field} is {value!r}, which config.step={c.step!r} does not read; leave it '
+        f'out, or set config.step to {" or ".join(map(repr, takers(field)))}'
+      )
+
+
 def _check_restarts(c: ConfigDict) -> None:
   """A method that changes factors and their state needs both on the device, with no update due."""
   if not hasattr(adapters.ADAPTERS[c.adapter.name], 'restart'):
     return
   apart = [*rotations.ROTATIONS, 'streamed']
-  if c.step in apart or c.offload_state:
+  if c.step in apart or c.offload_state > 0:
     raise ValueError(
       f'config.adapter {c.adapter.name!r} restarts the optimizer from time to time, which '
       f'config.step={c.step!r} with config.offload_state={c.offload_state} does not let it; set '
@@ -405,10 +422,10 @@ def _check_zeroth_order(c: ConfigDict) -> None:
       f'config.clip_norm is {c.clip_norm}, but the norm of an estimate is that of its noise; leave '
       'it at 0 and lower config.optimizer.learning_rate'
     )
-  for field, only in (('weights', 'dense'), ('offload_state', 0.0)):
-    frozen = c.step == 'streamed' or c.adapter.name != 'none'
-    if c[field] != only and not (field == 'weights' and frozen):
-      raise ValueError(f'config.step={c.step!r} goes with config.{field}={only!r} alone')
+  if c.weights != 'dense' and c.step != 'streamed' and c.adapter.name == 'none':
+    raise ValueError(f"config.step={c.step!r} goes with config.weights='dense' alone")
+  if c.offload_state > 0:
+    raise ValueError(f'config.step={c.step!r} goes with config.offload_state=0 alone')
 
 
 def _check_named(what: str, fields: dict, every: dict, arguments) -> None:

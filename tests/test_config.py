@@ -26,6 +26,13 @@ def test_a_misspelt_field_is_refused_where_it_is_written_with_the_nearest():
     (lambda c: c.update(param_dtype='bf16'), "param_dtype 'bf16' does not exist"),
     (lambda c: c.schedule.update(name='cosin'), "the nearest is 'cosine'"),
     (lambda c: c.schedule.update(warmup_ratio=1.0), 'warmup_ratio'),
+    (lambda c: c.groups.update(size=2), "config.groups.size is 2, which config.step='whole_tree'"),
+    (
+      lambda c: c.groups.update(keep=True),
+      "does not read; leave it out, or set config.step to 'lisa'",
+    ),
+    (lambda c: c.groups.update(ends=True), "or set config.step to 'badam'"),
+    (lambda c: c.update(offload_state=-0.5), 'config.offload_state is -0.5; it is a fraction'),
     (lambda c: c.optimizer.update(weight_dekay=1.0), "the nearest is 'weight_decay'"),
     (lambda c: c.optimizer.update(name='galor'), "the nearest is 'galore'"),
   ],

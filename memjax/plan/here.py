@@ -101,7 +101,7 @@ def ways_out(config: ConfigDict, found: dict, measure) -> list[tuple[dict, dict,
   singles = changes_of(config, found['devices'])
   exact = {k: v for changes, _, same in singles if same for k, v in changes.items()}
   together = [(exact, 'the same results, slower', True)] if len(exact) > 1 else []
-  for changes, cost, _ in (singles + together)[:TRIES]:
+  for changes, cost, _ in singles[: TRIES - len(together)] + together:
     try:
       after = measure(changes)
     except ValueError:
@@ -130,9 +130,17 @@ def changes_of(config: ConfigDict, devices: int) -> list[tuple[dict, str, bool]]
   if not layerwise:
     changes = {'step': 'layerwise', 'remat': 'full'}
     ways.append((changes, 'every block runs twice, each layer is updated at once', True))
+  elif config.offload_state < 1:
+    changes = {'offload_state': 1.0}
+    ways.append((changes, 'the state of every layer travels to the device and back', True))
   if config.param_dtype == 'float32':
     changes = {'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16'}
-    ways.append((changes, 'weights of 8 bits precision, rounded stochastically', False))
+    ways.append((changes, 'weights of 16 bits, rounded stochastically', False))
+  if config.step == 'layerwise' and config.weights == 'dense':
+    ways.append(({'weights': 'int8'}, 'weights of 8 bits, rounded stochastically', False))
+  if layerwise and config.accumulate < most:  # Micro-batches leave every layer's input where it is.
+    changes = {'batch_size': config.batch_size // most, 'accumulate': 1}
+    ways.append((changes, 'noisier updates, of fewer sequences', False))
   for name in ('galore', 'adafactor'):
     if config.optimizer.name != name:
       changes = {'optimizer.name': name}

@@ -4,6 +4,7 @@ Shapes in this file: `L` layers. A unit is the embedding, one layer, or the head
 they are numbered from the bottom, 0 to `L + 1`.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,8 +41,9 @@ def hift(layers: int, *, size: int = 1, order: str = 'bottom2up', key=None) -> R
   """HiFT: all units in groups of `size`, one group a step; a cycle is once through all of them.
 
   A group's state is kept while others train, and the learning rate is that of the cycle's first
-  step. Trains everything, embedding and head included: `k = ceil((L + 2) / size)` groups, of which
-  the last may be smaller.
+  step: from a warm-up that begins at zero, the first cycle fills the moments and moves nothing.
+  Trains everything, embedding and head included: `k = ceil((L + 2) / size)` groups, of which the
+  last may be smaller.
 
   Args:
     layers: Layers `L`.
@@ -151,6 +153,12 @@ def lisa(layers: int, *, size: int = 2, every: int = 20, keep: bool = False, key
 
 
 ROTATIONS = {'hift': hift, 'badam': badam, 'lisa': lisa}
+
+
+def arguments(name: str) -> tuple[str, ...]:
+  """Returns the arguments that a user chooses of `ROTATIONS[name]`; none for another name."""
+  taken = inspect.signature(ROTATIONS[name]).parameters if name in ROTATIONS else ()
+  return tuple(argument for argument in taken if argument not in ('layers', 'key'))
 
 
 def _chunks(units, size: int, layers: int) -> np.ndarray:

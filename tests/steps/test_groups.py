@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from memjax import build, config, sharding
 from memjax.steps import groups
 from memjax.steps.rotations import badam, hift, lisa
 from tests.steps.test_layerwise_transforms import Toy, batch_of, init_params
@@ -225,6 +226,45 @@ def test_schedules_are_the_published_ones():
   often = np.bincount(np.concatenate(drawn[::3]), minlength=8)[1:-1]
   # Of 100 draws each layer is in a third; four standard deviations are 19.
   assert np.all(np.abs(often - 100 / 3) < 19)
+
+
+def config_of(step, **changes):
+  c = config.default()
+  c.model, c.step = 'llama_tiny', step
+  c.update(changes)
+  config.validate(c)
+  return c
+
+
+def test_a_config_reaches_what_a_method_leaves_open():
+  rotation = build.build_rotation(config_of('lisa', groups=dict(keep=True)), 4)
+  assert (rotation.keep, rotation.size) == (True, 2)
+  rotation = build.build_rotation(config_of('badam', groups=dict(ends=True, every=1)), 4)
+  assert rotation.ends
+  assert rotation.active(0)[-1]
+
+
+@pytest.mark.parametrize(
+  ('step', 'fraction', 'expected'), [('hift', -1.0, 1.0), ('hift', 0.3, 0.3), ('hift', 0.0, 0.0)]
+)
+def test_waiting_state_is_where_the_config_says(step, fraction, expected):
+  c = config_of(step, offload_state=fraction)
+  state = build.build(c, sharding.make_mesh(devices=jax.devices()[:1])).state['opt']
+  size = lambda leaves: sum(x.size for x in leaves)
+  leaves = jax.tree.leaves(state)
+  on_host = size(x for x in leaves if x.sharding.memory_kind == 'pinned_host')
+  assert expected - 0.15 <= on_host / size(leaves) <= expected
+
+
+def test_a_run_within_a_cycle_whose_rate_is_zero_is_refused():
+  c = config_of('hift', steps=24)
+  with pytest.raises(
+    ValueError, match=r'nothing would train; set config\.schedule\.warmup_ratio=0'
+  ):
+    build.build_rotation(c, 22)
+  assert build.build_rotation(c, 21).cycle == 23
+  c.schedule.warmup_ratio = 0.0
+  assert build.build_rotation(c, 22).cycle == 24
 
 
 @pytest.mark.parametrize(
