@@ -13,7 +13,7 @@ import numpy as np
 
 from memjax.models.decode import decode
 from memjax.tasks import prompts, scoring
-from memjax.tasks.metrics import METRICS
+from memjax.tasks.metrics import METRICS, OF_TEXTS
 from memjax.tasks.splits import Examples, Framed
 from memjax.tasks.task import Example, Task
 
@@ -44,8 +44,22 @@ def measure(
   predictions = predict(model, params, task, split, batch_size, stop=stop)
   if predictions is None:
     return None
-  references = [_reference(task, example) for example in split.examples]
-  return {name: METRICS[name](predictions, references) for name in task.metrics}
+  return score(task, predictions, split.examples)
+
+
+def score(task: Task, predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
+  """Returns the scores of what was answered to examples: one for each of the task's metrics."""
+  return {name: _score(task, name, predictions, examples) for name in task.metrics}
+
+
+def _score(task, name, predictions, examples):
+  references = [_reference(task, example) for example in examples]
+  if name == 'group_accuracy':
+    references = [(e.group, label) for e, label in zip(examples, references)]
+  if task.kind == 'choice' and name in OF_TEXTS:
+    predictions = [e.names[i] for e, i in zip(examples, predictions)]
+    references = [[e.names[i] for i in e.right] for e in examples]
+  return METRICS[name](predictions, references)
 
 
 def predict(

@@ -30,10 +30,11 @@ def row(task: Task, i: int) -> dict:
   # Counting labels off would give every batch of a file's order the same ones.
   label = (i * 7 + i // labels) % labels
   clue = CLUES[label % len(CLUES)]
-  fields = dict.fromkeys((*task.fields(), *task.texts), f'{clue} no {i}')
+  fields = dict.fromkeys((*task.fields(), *task.texts), f'{clue} no {i}') | {'group': i // 2}
   if task.kind == 'choice':
-    options = tuple(f' {CLUES[k]}' for k in range(2))
-    return fields | {'options': options, task.label: (label % 2,)}
+    names = CLUES[:2]
+    options = tuple(f' {name}' for name in names)
+    return fields | {'options': options, 'names': names, task.label: (label % 2,)}
   if task.kind == 'generation':
     answer = [clue] if task.label == 'answers' else clue
     return fields | {task.label: answer, 'source': f'source {i % 2}'}

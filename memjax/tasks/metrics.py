@@ -27,6 +27,21 @@ def accuracy(predictions: Sequence, references: Sequence) -> float:
   return float(np.mean(right))
 
 
+def group_accuracy(predictions: Sequence, references: Sequence[tuple]) -> float:
+  """Share of groups of which every prediction is right, as MultiRC's exact match of questions.
+
+  References are pairs of a group and a label.
+
+  >>> group_accuracy([1, 0, 1], [('a', 1), ('a', 0), ('b', 0)])
+  0.5
+  """
+  _check(predictions, references)
+  right = {}
+  for prediction, (group, label) in zip(predictions, references):
+    right[group] = right.get(group, True) and prediction == label
+  return float(np.mean(list(right.values())))
+
+
 def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
   """Harmonic mean of precision and recall of label 1; 0 where neither is defined.
 
@@ -167,6 +182,7 @@ def _drop(name):
 
 METRICS = {
   'accuracy': accuracy,
+  'group_accuracy': group_accuracy,
   'f1': f1,
   'macro_f1': macro_f1,
   'matthews': matthews,
@@ -177,3 +193,5 @@ METRICS = {
   'drop_exact_match': _drop('exact_match'),
   'drop_f1': _drop('f1'),
 }
+# Those that compare texts; of chosen options, the texts that these stand for.
+OF_TEXTS = ('exact_match', 'token_f1', 'drop_exact_match', 'drop_f1')

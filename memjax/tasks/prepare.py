@@ -1,9 +1,11 @@
 """From the rows of published files to the rows that prompts read.
 
 Files come flat (a question a row, as `datasets` and TensorFlow Datasets give them) or nested (as
-the benchmarks distribute them); each function here takes one row of either and yields flat ones.
+the benchmarks distribute them); each function here takes one row of either and yields flat ones. A
+`ValueError` of theirs is a sentence about the row, whose place the caller knows.
 """
 
+import types
 from collections.abc import Callable, Iterator
 
 
@@ -20,6 +22,26 @@ def labelled(row: dict) -> Iterator[dict]:
   """Leaves out rows on which annotators did not agree, as the benchmark does."""
   if row.get('label') not in ('-', -1):
     yield row
+
+
+# What the integers of these fields stand for: in exports of `datasets`, and in its first ones and
+# TensorFlow Datasets. Under 'label' they are in the order of the task's words, as LM-BFF has them.
+TREC_ORDERS = types.MappingProxyType(
+  {
+    'coarse_label': ('ABBR', 'ENTY', 'DESC', 'HUM', 'LOC', 'NUM'),
+    'label-coarse': ('DESC', 'ENTY', 'ABBR', 'HUM', 'NUM', 'LOC'),
+  }
+)
+
+
+def trec(row: dict) -> Iterator[dict]:
+  """Names the coarse label, which files number in several orders."""
+  for field, names in TREC_ORDERS.items():
+    if field in row:
+      value = str(row[field])
+      known = value.isdigit() and int(value) < len(names)
+      row = row | {'label': names[int(value)] if known else row[field]}
+  yield row
 
 
 def boolq(row: dict) -> Iterator[dict]:
@@ -39,18 +61,21 @@ def wsc(row: dict) -> Iterator[dict]:
 
 
 def multirc(row: dict) -> Iterator[dict]:
-  """Yields a row for every answer to every question about a paragraph."""
+  """Yields a row for every answer to every question of a paragraph; a question is a group."""
   if not isinstance(row.get('passage'), dict):
-    yield row
+    own = row.get('idx') if isinstance(row.get('idx'), dict) else row
+    yield row | {'group': f'{own.get("paragraph")}\n{own.get("question")}'}
     return
   for question in row['passage']['questions']:
     for answer in question['answers']:
-      yield {
+      flat = {
         'paragraph': row['passage']['text'],
         'question': question['question'],
         'answer': answer['text'],
         'label': answer.get('label'),
       }
+      ids = {'paragraph': row.get('idx'), 'question': question.get('idx')}
+      yield from multirc(flat | ({} if None in ids.values() else {'idx': ids}))
 
 
 def copa(row: dict) -> Iterator[dict]:
@@ -78,11 +103,20 @@ def record(row: dict) -> Iterator[dict]:
   if not {'passage', 'query', 'entities', 'answers'} <= row.keys():
     yield row
     return
-  entities = tuple(dict.fromkeys(row['entities']))
+  entities, answers = tuple(dict.fromkeys(_listed(row['entities']))), _listed(row['answers'])
+  if not entities:
+    raise ValueError("field 'entities' is empty, so that there is nothing to choose from")
   options = tuple(' ' + row['query'].replace('@placeholder', entity) for entity in entities)
-  right = tuple(i for i, entity in enumerate(entities) if entity in row['answers'])
+  right = tuple(i for i, entity in enumerate(entities) if entity in answers)
+  if answers and not right:
+    raise ValueError(f"none of field 'answers', {', '.join(answers)}, is among 'entities'")
   passage = row['passage'].replace('@highlight\n', '- ')
-  yield row | {'passage': passage, 'options': options, 'label': right or (-1,)}
+  yield row | {
+    'passage': passage,
+    'options': options,
+    'names': entities,
+    'label': right or (-1,),
+  }
 
 
 def _nested_record(row):
@@ -105,11 +139,10 @@ def squad(row: dict) -> Iterator[dict]:
   answers = row.get('answers')
   if isinstance(answers, dict):  # Columns, as `datasets` has it.
     answers = answers['text']
-  elif answers is not None:
-    answers = [a['text'] if isinstance(a, dict) else a for a in answers]
   question = row.get('question')
   if answers is not None and question is not None:
-    row = row | {'answers': list(answers) or ['no answer'], 'question': question.strip()}
+    texts = [a['text'] if isinstance(a, dict) else a for a in _listed(answers)]
+    row = row | {'answers': texts or ['no answer'], 'question': question.strip()}
   yield row
 
 
@@ -126,13 +159,13 @@ def drop(row: dict) -> Iterator[dict]:
   if 'passage' in row:
     row = row | {'context': row['passage']}
   if 'answers_spans' in row:
-    answers = row['answers_spans']['spans']
+    answers = _listed(row['answers_spans']['spans'])
   else:
     validated = row.get('validated_answers') or ()
     given = [a for a in (row.get('answer'), *validated) if a]
     answers = [_drop_answer(a) for a in given] or row.get('answers')
   if answers is not None:
-    row = row | {'answers': list(dict.fromkeys(map(_frozen, answers)))}
+    row = row | {'answers': list(dict.fromkeys(map(_frozen, _listed(answers))))}
   if isinstance(row.get('question'), str):
     row = row | {'question': row['question'].strip()}
   yield row
@@ -144,10 +177,15 @@ def _drop_answer(answer):
   if answer.get('number'):
     return str(answer['number'])
   if answer.get('spans'):
-    spans = tuple(answer['spans'])
+    spans = tuple(_listed(answer['spans']))
     return spans[0] if len(spans) == 1 else spans
   date = answer.get('date') or {}
   return ' '.join(str(date[part]) for part in ('day', 'month', 'year') if date.get(part))
+
+
+def _listed(values):
+  """A text on its own is the only one of its list, not a list of letters."""
+  return [values] if isinstance(values, str) else list(values)
 
 
 def _frozen(answer):

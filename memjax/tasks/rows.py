@@ -1,13 +1,15 @@
-"""Rows of labelled files: .jsonl, .json, .tsv, or a prepared TensorFlow dataset.
+"""Rows of labelled files: .jsonl, .json, .csv, .tsv, .label, or a prepared TensorFlow dataset.
 
 Nothing here downloads.
 """
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,14 +23,15 @@ def read(task: Task, path: str, split: str = '') -> list[Example]:
 
   Args:
     task: What the rows are.
-    path: A .jsonl (an object a line), .json (a list of objects, or the list under 'data') or .tsv
-      (its first line names the fields) file, any of them also with '.gz'; or 'tfds:NAME[@DIR]'; or
+    path: A .jsonl (an object a line), .json (a list of objects, or the list under 'data'), .csv or
+      .tsv (the first line names the fields, or the task knows the columns) or .label (TREC's own,
+      'LABEL:fine text' a line) file, any of them also with '.gz'; or 'tfds:NAME[@DIR][#SPLIT]'; or
       'made_up:COUNT', rows made on the spot to try things out.
-    split: Of a TensorFlow dataset, which split.
+    split: Of a TensorFlow dataset, which split, unless `path` names one.
 
   Raises:
-    ValueError: for a file that is not there or has no rows, a row without a field, or a label
-      outside the range, naming file, line and field.
+    ValueError: for a file that is not there, is damaged or has no rows, a row without a field, or a
+      label outside the range, naming file, line and field.
   """
   if path.startswith('made_up:'):
     examples = [example(task, row, where) for where, row in made_up.rows(task, path)]
@@ -48,6 +51,8 @@ def _examples(task, row, where):
     prepared_rows = list(task.prepare(_renamed(task, row)))
   except (KeyError, TypeError, AttributeError, IndexError) as error:
     raise ValueError(f'{where}: not a row of task {task.name!r} ({error!r})') from error
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from error
   return [example(task, r, where) for r in prepared_rows]
 
 
@@ -68,11 +73,14 @@ def _file(task, path) -> Iterator[tuple[str, dict]]:
   if kind not in READERS:
     raise ValueError(f'{path}: rows are read from {", ".join(READERS)}, not from {kind!r}')
   opener = gzip.open if path.suffix == '.gz' else open
+  encoding = 'latin-1' if kind == '.label' else 'utf-8'  # As they were published.
   try:
-    with opener(path, 'rt', encoding='utf-8', newline='') as file:
+    with opener(path, 'rt', encoding=encoding, newline='') as file:
       yield from READERS[kind](task, path, file)
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}: not UTF-8 ({error}); convert it') from error
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(f'{path}: not a whole .gz file ({error}); copy it again') from error
 
 
 def _jsonl(task, path, file):
@@ -87,6 +95,8 @@ def _json(task, path, file):
   rows = rows['data'] if isinstance(rows, dict) and 'data' in rows else rows
   # DROP maps the names of its passages to them.
   rows = list(rows.values()) if isinstance(rows, dict) else rows
+  if not isinstance(rows, list):
+    raise ValueError(f'{path}: expected a list of objects, not {type(rows).__name__}')
   for number, row in enumerate(rows, 1):
     where = f'{path}, row {number}'
     yield where, _object(row, where)
@@ -94,14 +104,37 @@ def _json(task, path, file):
 
 def _tsv(task, path, file):
   # Quotation marks in these files belong to the text.
-  lines = csv.reader(file, delimiter='\t', quoting=csv.QUOTE_NONE)
-  names = task.columns or next(lines, ())
-  for number, values in enumerate(lines, 1 if task.columns else 2):
+  lines = (line.rstrip('\r\n') for line in file)
+  yield from _table(task, path, ((i, x.split('\t')) for i, x in enumerate(lines, 1) if x))
+
+
+def _csv(task, path, file):
+  lines = csv.reader(file)
+  try:
+    yield from _table(task, path, ((lines.line_num, values) for values in lines if values))
+  except csv.Error as error:
+    raise ValueError(f'{path}, line {lines.line_num}: not CSV ({error})') from error
+
+
+def _table(task, path, lines):
+  """Rows of numbered lines of values, of which the first may say what the columns are."""
+  first = next(lines, (1, []))
+  known = {*task.fields(), *(theirs for theirs, _ in task.rename)}
+  named = not task.columns or not known.isdisjoint(first[1])
+  names = first[1] if named else task.columns
+  for number, values in lines if named else itertools.chain([first], lines):
     if len(values) < len(names):
       raise ValueError(
-        f'{path}, line {number}: {len(values)} columns, but the file names {", ".join(names)}'
+        f'{path}, line {number}: {len(values)} columns, but they are {", ".join(names)}'
       )
     yield f'{path}, line {number}', dict(zip(names, values))
+
+
+def _label(task, path, file):
+  for number, line in enumerate(file, 1):
+    label, _, rest = line.partition(':')
+    if line.strip():
+      yield f'{path}, line {number}', {'label': label, 'text': rest.partition(' ')[2].strip()}
 
 
 def _parsed(text, where) -> Any:
@@ -117,34 +150,37 @@ def _object(row, where) -> dict:
   return row
 
 
-READERS = {'.jsonl': _jsonl, '.json': _json, '.tsv': _tsv}
+READERS = {'.jsonl': _jsonl, '.json': _json, '.tsv': _tsv, '.csv': _csv, '.label': _label}
 
 
 def _tfds(scheme, split) -> Iterator[tuple[str, dict]]:
-  name, _, data_dir = scheme.removeprefix('tfds:').partition('@')
+  place, _, named = scheme.removeprefix('tfds:').partition('#')
+  name, _, data_dir = place.partition('@')
+  split = named or split
   root = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   try:
     examples = prepared(name, root, split)
-  except Missing as error:
+  except (Missing, ValueError) as error:  # Or there is no such split.
     raise ValueError(
       f'{scheme}: {error}; or name files as config.task.train and config.task.test'
     ) from error
   features = examples.dataset_info.features
   for number, row in enumerate(examples):
-    yield f'{scheme}, {split} row {number}', {k: _plain(features, k, v) for k, v in row.items()}
+    yield f'{scheme}, {split} row {number}', {k: _named(features[k], v) for k, v in row.items()}
 
 
-def _plain(features, name, value):
-  """Bytes as text and arrays as lists; a label by its name, since datasets number them apart."""
-  feature = features.get(name) if hasattr(features, 'get') else None
-  if hasattr(feature, 'int2str') and int(value) >= 0:
-    return feature.int2str(int(value))
+def _named(feature, value):
+  """A label by its name, since datasets number them apart; all else as it is in JSON."""
+  labelled = hasattr(feature, 'int2str') and int(value) >= 0
+  return feature.int2str(int(value)) if labelled else _plain(value)
+
+
+def _plain(value):
+  """Bytes as text and arrays as lists."""
   if isinstance(value, bytes):
     return value.decode()
   if isinstance(value, dict):
-    return {k: _plain({}, k, v) for k, v in value.items()}
+    return {k: _plain(v) for k, v in value.items()}
   if hasattr(value, 'tolist'):
-    return _plain({}, name, value.tolist())
-  if isinstance(value, list):
-    return [_plain({}, name, v) for v in value]
-  return value
+    return _plain(value.tolist())
+  return [_plain(v) for v in value] if isinstance(value, list) else value

@@ -92,6 +92,8 @@ class Example(NamedTuple):
   right: tuple[int, ...]  # Indices of all options that count as right.
   texts: tuple[str, ...]  # What an encoder reads.
   source: str  # Where instruction data came from; '' where rows do not say.
+  names: tuple[str, ...] = ()  # What the options stand for, where they are also scored as texts.
+  group: str = ''  # What rows are scored together by, such as their question.
 
 
 def example(task: Task, row: dict, where: str) -> Example:
@@ -103,7 +105,8 @@ def example(task: Task, row: dict, where: str) -> Example:
     where: File and line, for messages.
 
   Raises:
-    ValueError: for a missing field or a label outside the range, naming the place and the field.
+    ValueError: for a missing field, a label that is none or is outside the range, or no options,
+      naming the place and the field.
   """
   needed = (*task.fields(), *([task.label] if task.kind != 'choice' else ['options', task.label]))
   for field in needed:
@@ -113,54 +116,60 @@ def example(task: Task, row: dict, where: str) -> Example:
       )
   prompt = task.template.format(**{field: row[field] for field in task.fields()})
   texts = tuple(str(row[field]) for field in task.texts if field in row)
-  source = str(row.get('source', ''))
+  rest = {'source': str(row.get('source', '')), 'group': str(row.get('group', ''))}
   if task.kind == 'generation':
     answers = _answers(task, row, where)
     spoken = answers[0] if isinstance(answers[0], str) else ', '.join(answers[0])
-    return Example(prompt, (task.answer.format(answer=spoken),), answers, (0,), texts, source)
+    return Example(prompt, (task.answer.format(answer=spoken),), answers, (0,), texts, **rest)
   if task.kind == 'regression':
-    value = _number(task, row[task.label], where)
+    value = _value_of(task, row[task.label], where)
     words = tuple(map(_spoken(task), task.words))
-    nearest_word = min(max(round(value), 0), len(words) - 1) if words else 0
-    return Example(prompt, words, value, (nearest_word,), texts, source)
+    return Example(prompt, words, value, (round(value),), texts, **rest)
   if task.kind == 'choice':
-    options = tuple(row['options'])
-    right = tuple(_check_label(task, i, len(options), where) for i in _several(row[task.label]))
-    return Example(prompt, options, right[0], right, texts, source)
-  label = label_of(task, row[task.label], where)
-  return Example(prompt, tuple(map(_spoken(task), task.words)), label, (label,), texts, source)
+    options, names = tuple(row['options']), tuple(row.get('names', ()))
+    right = tuple(label_of(task, i, where, len(options)) for i in _several(row[task.label]))
+    return Example(prompt, options, right[0], right, texts, names=names, **rest)
+  label = label_of(task, row[task.label], where, len(task.words))
+  return Example(prompt, tuple(map(_spoken(task), task.words)), label, (label,), texts, **rest)
 
 
-def label_of(task: Task, value: Any, where: str) -> int:
-  """Returns the index of a label, which files give as a number, a truth value or a name."""
-  if isinstance(value, str):
-    if value in task.names:
-      return task.names.index(value)
-    if not value.strip().lstrip('-').isdigit():
-      known = ', '.join(map(repr, task.names)) or f'0 to {len(task.words) - 1}'
-      raise ValueError(
-        f'{where}: field {task.label!r} is {value!r}, but labels of {task.name!r} are {known}'
-      )
-  elif not isinstance(value, (bool, int)) and value != int(value):
-    raise ValueError(f'{where}: field {task.label!r} is {value!r}, not a label')
-  return _check_label(task, int(value), len(task.words), where)
+def label_of(task: Task, value: Any, where: str, count: int) -> int:
+  """Returns the index of one of `count` labels, which files give as a number, a truth value or a
+  name.
+  """
+  if isinstance(value, str) and value in task.names:
+    return task.names.index(value)
+  number = _number(value)
+  if number is None or not number.is_integer():
+    known = ', '.join(map(repr, task.names)) or f'0 to {count - 1}'
+    raise ValueError(
+      f'{where}: field {task.label!r} is {value!r}, but labels of {task.name!r} are {known}'
+    )
+  return int(_within(task, int(number), count - 1, where))
 
 
-def _check_label(task, label, count, where):
-  if not 0 <= label < count:
+def _value_of(task, value, where):
+  number = _number(value)
+  if number is None:
+    raise ValueError(f'{where}: field {task.label!r} is {value!r}, not a number')
+  return _within(task, number, len(task.words) - 1, where)
+
+
+def _within(task, label, last, where):
+  if not 0 <= label <= last:
     raise ValueError(
       f'{where}: field {task.label!r} is {label}, outside the range of task {task.name!r}, whose '
-      f'labels are 0 to {count - 1}; a split without labels (-1) can be neither trained nor '
-      'measured on'
+      f'labels are 0 to {last}; a split without labels (-1) can be neither trained nor measured on'
     )
   return label
 
 
-def _number(task, value, where):
+def _number(value):
+  """Returns what a file gives as a number, or None."""
   try:
     return float(value)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f'{where}: field {task.label!r} is {value!r}, not a number') from error
+  except (TypeError, ValueError, OverflowError):
+    return None
 
 
 def _answers(task, row, where):
@@ -177,4 +186,4 @@ def _spoken(task):
 
 
 def _several(label):
-  return tuple(label) if isinstance(label, (list, tuple)) else (int(label),)
+  return tuple(label) if isinstance(label, (list, tuple)) else (label,)
