@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from memjax import build, config, models, plan, sharding
+from memjax import build, config, models, optimizers, plan, sharding
 from memjax.evaluate import place
 from memjax.steps import layerwise, slices, whole_tree
 
@@ -206,6 +206,26 @@ def test_states_of_every_kind_are_told_apart():
   shared = [x.shape for (_, x), slot in zip(named, slots) if slot.owner is None]
   assert len(shared) > 2  # Counts and hyperparameters.
   assert set(shared) == {()}
+
+
+# Optimizers that a layer-by-layer step refuses: none so far.
+REFUSED = set()
+
+
+@pytest.mark.parametrize('name', sorted(optimizers.OPTIMIZERS))
+def test_optimizers_go_layer_by_layer(name):
+  arguments = {'rank': 2} if 'rank' in optimizers.arguments(name) else {}
+  arguments |= {'random_after': 10} if name == 'golore' else {}
+  transform = optimizers.OPTIMIZERS[name](0.1, **arguments)
+  transform = optax.with_extra_args_support(transform)
+  if name in REFUSED:
+    with pytest.raises(ValueError, match='layer'):
+      slices.plan(transform, PARAMS)
+    return
+  slots = slices.plan(transform, PARAMS)
+  leaves = jax.tree.leaves(jax.eval_shape(transform.init, PARAMS))
+  shared = [x.shape for x, slot in zip(leaves, slots, strict=True) if slot.shared]
+  assert set(shared) <= {()}  # Counts; all else is some layer's own.
 
 
 def test_a_config_that_contradicts_itself_is_refused():
