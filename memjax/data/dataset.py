@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from memjax.data.cache import token_streams
+from memjax.data.cache import fingerprint, token_streams
 from memjax.data.packing import Split
 from memjax.data.sources import open_first
 from memjax.data.tokenizers import Tokenizer, open_tokenizer
@@ -20,6 +20,7 @@ class Dataset:
     source: The scheme string that was used.
     missing: A sentence for each earlier source that was not available: what was missing and how to
       get it.
+    fingerprint: Of the tokens of both splits.
   """
 
   train: Split
@@ -27,6 +28,7 @@ class Dataset:
   tokenizer: Tokenizer
   source: str
   missing: tuple[str, ...]
+  fingerprint: str
 
   def counts(self) -> tuple[int, int, str]:
     """Returns how much there is to train and to validate on, and of what."""
@@ -63,7 +65,7 @@ def load(
     seed: Seed of the train/validation split. The order of training examples has its own, in
       `Split.rows`.
     validation_fraction: Fraction of documents to validate on, between 0 and 1. Copies of a text are
-      on one side.
+      on one side. One document at least, if there are two.
     max_tokens: Tokens to take from the front of the source, both splits together; None for all.
 
   Returns:
@@ -71,8 +73,9 @@ def load(
 
   Raises:
     ValueError: for an unknown scheme or tokenizer; when no source is available, listing how to get
-      each; when a file cannot be read as text; when token ids do not fit in `vocab_size`; when a
-      split is shorter than one sequence.
+      each; when a file cannot be read as text, or `cache_dir` not be written; when token ids do not
+      fit in `vocab_size`; when the training split is shorter than one sequence, or there is nothing
+      to validate on.
   """
   if seq_len < 1:
     raise ValueError(f'seq_len={seq_len}; need at least 1')
@@ -93,16 +96,21 @@ def load(
     validation_fraction=validation_fraction,
     max_tokens=max_tokens,
   )
-  for name, stream in streams.items():
-    if len(stream) <= seq_len:
-      raise ValueError(
-        f'{source.scheme}: the {name} split has {len(stream) - 1} tokens, less than one sequence '
-        f'of {seq_len}; use more text, a shorter seq_len, or another validation_fraction'
-      )
+  if len(streams['train']) <= seq_len:
+    raise ValueError(
+      f'{source.scheme}: the train split has {len(streams["train"]) - 1} tokens, less than one '
+      f'sequence of {seq_len}; use more text, a shorter seq_len, or another validation_fraction'
+    )
+  if len(streams['validation']) < 2:
+    raise ValueError(
+      f'{source.scheme}: the validation split has no tokens, because it takes whole documents and '
+      'there is only one; add another'
+    )
   return Dataset(
     train=Split(streams['train'], seq_len, keep_partial=False),
     validation=Split(streams['validation'], seq_len, keep_partial=True),
     tokenizer=opened,
     source=source.scheme,
     missing=missing,
+    fingerprint=f'{fingerprint(streams["train"])}, {fingerprint(streams["validation"])}',
   )

@@ -12,12 +12,15 @@ import os
 import pathlib
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from memjax.naming import nearest
 
-PIECE_CHARS = 4000  # The least text of a 'stdlib' document, except at the end of a file.
+# The least text of a piece of a file, except at its end. With whole files, a dozen of them, some
+# large, would decide the validation loss.
+PIECE_CHARS = 4000
 
 
 class Missing(Exception):
@@ -40,7 +43,8 @@ def open_first(schemes):
       'stdlib': the Python files that come with the interpreter, without tests and generated
         tables; a document is 4,000 characters or more of one, up to a top-level `def` or `class`.
         Some 2.5 million tokens of a vocabulary of 8,192, on every machine; Python versions differ.
-      'text:GLOB': UTF-8 files, a document a file, in sorted order; '**' matches any depth.
+      'text:GLOB': UTF-8 files in sorted order, '**' matches any depth. A file of up to 8,000
+        characters is a document; a longer one is several, cut at the ends of paragraphs.
       'jsonl:GLOB:FIELD': a document a line, the string `FIELD` of its JSON object; files that end
         in '.gz' are decompressed.
       'tfds:NAME[@DATA_DIR]': feature 'text' of the 'train' split of a TensorFlow dataset that was
@@ -89,7 +93,7 @@ def _stdlib(_):
   def documents():
     for path in paths:
       with tokenize.open(path) as file:  # Honours the encoding that the file declares.
-        yield from _pieces(file)
+        yield from _definitions(file)
 
   return documents, _stat_identity(paths)
 
@@ -106,11 +110,8 @@ def _library_files(root):
         yield os.path.join(directory, name)
 
 
-def _pieces(lines):
-  """Cuts a file before top-level definitions.
-
-  With whole files, a dozen of them, some large, would decide the validation loss.
-  """
+def _definitions(lines):
+  """Cuts a Python file before top-level definitions."""
   piece, chars = [], 0
   for line in lines:
     if chars >= PIECE_CHARS and line.startswith(('def ', 'class ', 'async def ', '@')):
@@ -121,9 +122,26 @@ def _pieces(lines):
   yield ''.join(piece)
 
 
+def _paragraphs(text):
+  """Cuts a text after the next paragraph; of one without, after the next line, word or letter."""
+  start = 0
+  while len(text) - start > 2 * PIECE_CHARS:
+    soon = text[start + PIECE_CHARS : start + 2 * PIECE_CHARS]
+    end = next(end for end in ('\n\n', '\n', ' ', '') if end in soon)
+    stop = start + PIECE_CHARS + soon.index(end) + len(end)
+    yield text[start:stop]
+    start = stop
+  yield text[start:]
+
+
 def _text(pattern):
   paths = _match(pattern)
-  return lambda: map(_read_text, paths), _stat_identity(paths)
+
+  def documents():
+    for path in paths:
+      yield from _paragraphs(_read_text(path))
+
+  return documents, _stat_identity(paths)
 
 
 def _read_text(path):
@@ -133,6 +151,8 @@ def _read_text(path):
     raise ValueError(
       f'{path}: not UTF-8 ({error}); convert it, or leave it out of the glob'
     ) from error
+  except OSError as error:
+    raise ValueError(f'{path}: cannot be read ({error.strerror or error})') from error
 
 
 def _jsonl(rest):
@@ -151,22 +171,29 @@ def _jsonl(rest):
 
 
 def _read_jsonl(path, field):
-  with gzip.open(path, 'rb') if str(path).endswith('.gz') else open(path, 'rb') as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        document = json.loads(line)[field]
-      except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-          f'{path}, line {number}: expected a JSON object with field {field!r} ({error!r})'
-        ) from error
-      if not isinstance(document, str):
-        raise ValueError(
-          f'{path}, line {number}: field {field!r} is {type(document).__name__}, not a string'
-        )
-      # JSON can spell half of a surrogate pair, which is no text to any tokenizer.
-      yield document.encode(errors='replace').decode()
+  for number, line in enumerate(_lines(path), 1):
+    if not line.strip():
+      continue
+    try:
+      document = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+      raise ValueError(
+        f'{path}, line {number}: expected a JSON object with field {field!r} ({error!r})'
+      ) from error
+    if not isinstance(document, str):
+      raise ValueError(
+        f'{path}, line {number}: field {field!r} is {type(document).__name__}, not a string'
+      )
+    # JSON can spell half of a surrogate pair, which is no text to any tokenizer.
+    yield document.encode(errors='replace').decode()
+
+
+def _lines(path):
+  try:
+    with gzip.open(path, 'rb') if str(path).endswith('.gz') else open(path, 'rb') as lines:
+      yield from lines
+  except (OSError, EOFError, zlib.error) as error:  # What gzip raises for another or a torn file.
+    raise ValueError(f'{path}: cannot be read ({error}); fetch the file again') from error
 
 
 def _match(pattern):

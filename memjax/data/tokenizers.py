@@ -1,14 +1,12 @@
 """Text to token ids and back: bytes, a BPE trained on the corpus, or a published tokenizer."""
 
-import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
+from memjax.data.files import write_atomically
 from memjax.naming import nearest
 
 END_OF_TEXT = '<|endoftext|>'
@@ -49,8 +47,8 @@ def open_tokenizer(name, source, *, vocab_size, cache_dir):
     cache_dir: Directory for trained tokenizers, a pathlib.Path.
 
   Raises:
-    ValueError: for an unknown name or a file that is not there; when ids would not fit in the
-      model's embedding.
+    ValueError: for an unknown name, a file that is not there or is something else; when ids would
+      not fit in the model's embedding; when `cache_dir` cannot be written.
   """
   if name == 'bytes':
     tokenizer = _bytes()
@@ -81,8 +79,8 @@ def check_vocab(largest_id, vocab_size, who):
   if largest_id >= vocab_size:
     raise ValueError(
       f'a vocabulary smaller than the data: {who} has token ids up to {largest_id}, the model has '
-      f'vocab_size={vocab_size}; set vocab_size to at least {largest_id + 1}, or train a tokenizer '
-      "that fits with 'bpe'"
+      f'a vocabulary of {vocab_size}; set config.model_args.vocab to at least {largest_id + 1}, or '
+      "train a tokenizer that fits with config.data.tokenizer='bpe'"
     )
 
 
@@ -104,7 +102,7 @@ def _bpe(source, vocab_size, cache_dir):
   key = hashlib.sha256(f'1 {source.identity} {vocab_size} {SAMPLE_CHARS}'.encode()).hexdigest()[:16]
   path = cache_dir / f'bpe-{vocab_size}-{key}.json'
   if not path.exists():
-    _write_atomically(path, train_bpe(source.documents(), vocab_size))
+    write_atomically(path, lambda: train_bpe(source.documents(), vocab_size))
   opened = _tokenizer_json(path)
   return opened._replace(frame=_between_documents(opened.eos_id))
 
@@ -147,33 +145,27 @@ def _sample(documents):
       return
 
 
-def _write_atomically(path, text):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  try:
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      temporary.unlink()
-
-
 def _tokenizer_json(path):
-  text = path.read_text(encoding='utf-8')
-  return _hugging_face(text, lambda tokenizer: _end_of_text_id(tokenizer, path))
+  import tokenizers
+
+  try:
+    text = path.read_text(encoding='utf-8')
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # The library raises nothing more special.
+    raise ValueError(f'{path}: not a tokenizer.json ({error}); replace or remove it') from error
+  return _hugging_face(tokenizer, text, lambda tokenizer: _end_of_text_id(tokenizer, path))
 
 
 def _gguf(path):
+  import tokenizers
+
   from memjax.data.gguf import tokenizer_json
 
   text, eos_id = tokenizer_json(path)
-  return _hugging_face(text, lambda _: eos_id)
+  return _hugging_face(tokenizers.Tokenizer.from_str(text), text, lambda _: eos_id)
 
 
-def _hugging_face(text, find_eos_id):
-  import tokenizers
-
-  tokenizer = tokenizers.Tokenizer.from_str(text)
+def _hugging_face(tokenizer, text, find_eos_id):
   # A document that spells '</s>' must not end itself; nor may the file cut or pad documents.
   tokenizer.encode_special_tokens = True
   tokenizer.no_truncation()
@@ -219,7 +211,7 @@ def _end_of_text_id(tokenizer, path):
   names = END_TOKENS
   config = path.with_name('tokenizer_config.json')
   if config.exists():
-    named = json.loads(config.read_text(encoding='utf-8')).get('eos_token')
+    named = _read_object(config).get('eos_token')
     named = named.get('content') if isinstance(named, dict) else named
     names = (named, *names) if named else names
   for name in names:
@@ -230,10 +222,20 @@ def _end_of_text_id(tokenizer, path):
   )
 
 
+def _read_object(path):
+  try:
+    return dict(json.loads(path.read_text(encoding='utf-8')))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{path}: not a JSON object ({error}); replace or remove it') from error
+
+
 def _sentencepiece(path):
   import sentencepiece
 
-  processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  try:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  except (RuntimeError, OSError) as error:
+    raise ValueError(f'{path}: not a SentencePiece model ({error}); replace it') from error
   eos_id, size = processor.eos_id(), processor.get_piece_size()
   if eos_id < 0:
     raise ValueError(f'{path}: no end-of-document piece; train it without --eos_id=-1')

@@ -78,6 +78,60 @@ def test_split_depends_on_text_and_seed_only(files, load):
   assert set(texts_of(other, other.validation)) != validation
 
 
+def test_two_documents_are_one_to_train_and_one_to_validate_on(files, load):
+  dataset = load(files(['one', 'two']), seq_len=1, validation_fraction=1e-9)
+  train, validation = texts_of(dataset, dataset.train), texts_of(dataset, dataset.validation)
+  assert sorted(train + validation) == ['one', 'two']
+  assert len(train) == len(validation) == 1
+
+
+def test_one_long_text_file_can_be_trained_on(load, tmp_path):
+  (tmp_path / 'book.txt').write_text('It was a bright cold day in April.\n\n' * 2000)
+  dataset = load(f'text:{tmp_path}/book.txt', seq_len=1024, validation_fraction=0.02)
+  assert dataset.validation.num_tokens > 4000
+
+
+def damage(entry, how):
+  train, meta = entry / 'train.bin', entry / 'meta.json'
+  data = train.read_bytes()
+  if how == 'cut':
+    train.write_bytes(data[: len(data) // 4 * 2])
+  elif how == 'odd':
+    train.write_bytes(data[:-1])
+  elif how == 'empty':
+    train.write_bytes(b'')
+  elif how == 'other ids':
+    train.write_bytes(np.full(len(data) // 2, 60_000, '<u2').tobytes())
+  elif how == 'no meta':
+    meta.unlink()
+  else:
+    meta.write_text(meta.read_text()[:-5])
+
+
+@pytest.mark.parametrize('how', ['cut', 'odd', 'empty', 'other ids', 'no meta', 'torn meta'])
+def test_a_damaged_entry_is_written_anew(files, load, tmp_path, caplog, how):
+  scheme = files(WORDS)
+  tokens = load(scheme).train.stream.copy()
+  (entry,) = (tmp_path / 'cache').iterdir()
+  damage(entry, how)
+  np.testing.assert_array_equal(load(scheme).train.stream, tokens)
+  assert f'{entry} is damaged' in caplog.text
+  caplog.clear()
+  load(scheme)
+  assert not caplog.text
+
+
+def test_a_fingerprint_reads_blocks_over_the_whole_length(monkeypatch):
+  monkeypatch.setattr(cache, 'BLOCK', 4)
+  monkeypatch.setattr(cache, 'BLOCKS', 8)
+  zeros, ones = np.zeros(100, np.uint8), np.eye(100, dtype=np.uint8)
+  whole = cache.fingerprint(zeros)
+  assert [i for i in range(100) if cache.fingerprint(ones[i]) != whole] == [
+    i for i in range(100) if i % 12 < 4
+  ]
+  assert cache.fingerprint(zeros[:-1]) != whole
+
+
 def test_second_load_reads_no_text(files, load, monkeypatch):
   scheme = files(WORDS)
   first = load(scheme, 'bpe')
@@ -165,7 +219,7 @@ def test_wide_ids_are_kept(files, load, tmp_path):
 
 def test_a_cached_token_beyond_the_vocabulary_is_refused(files, load, tmp_path):
   source, tokenizer = data.dataset.open_first([files(WORDS)])[0], load(files(WORDS)).tokenizer
-  with pytest.raises(ValueError, match=r'ids up to 256, the model has vocab_size=200'):
+  with pytest.raises(ValueError, match=r'ids up to 256, the model has a vocabulary of 200'):
     cache.token_streams(
       source,
       tokenizer,
@@ -182,7 +236,13 @@ def test_a_cached_token_beyond_the_vocabulary_is_refused(files, load, tmp_path):
   [
     (['', ' \n'], {}, 'hold no text'),
     (['short'], {'seq_len': 100}, 'split has . tokens, less than one sequence of 100'),
-    (WORDS, {'validation_fraction': 1e-9}, 'the validation split has 0 tokens'),
+    (
+      ['short'],
+      {'validation_fraction': 1e-9},
+      'the validation split has no tokens, .* only one; add another',
+    ),
+    (['short'] * 2, {'validation_fraction': 1e-9}, 'the validation split has no tokens'),
+    (WORDS, {'cache_dir': '/proc/cache'}, r'/proc/cache.*; make room or .*config.data.cache_dir'),
     (WORDS, {'validation_fraction': 0}, 'need a number between 0 and 1'),
     (WORDS, {'seq_len': 0}, 'seq_len=0; need at least 1'),
     (WORDS, {'max_tokens': 0}, 'max_tokens=0; need at least 1'),
@@ -214,13 +274,8 @@ import sys
 from memjax import data
 heavy = ('grain', 'tokenizers', 'sentencepiece', 'tensorflow_datasets', 'tensorflow')
 assert not [m for m in heavy if m in sys.modules]
-for seed in range(20):  # Until one of the two files is on each side.
-  try:
-    data.load('text:{tmp_path}/*.txt', 'bytes', 8, vocab_size=257, cache_dir='{tmp_path}/c',
-              seed=seed, validation_fraction=0.5)
-    break
-  except ValueError as error:
-    assert 'less than one sequence' in str(error)
+data.load('text:{tmp_path}/*.txt', 'bytes', 8, vocab_size=257, cache_dir='{tmp_path}/c',
+          validation_fraction=0.02)
 assert not [m for m in heavy if m in sys.modules]
 """
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

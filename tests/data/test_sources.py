@@ -51,6 +51,24 @@ def test_text_is_a_document_a_file_in_sorted_order(tmp_path):
   assert documents(f'text:{tmp_path}/**/*.txt') == ['first, ünïcode', 'second', 'third']
 
 
+@pytest.mark.parametrize('end', ['\n\n', '\n', ' ', 'ä'])
+def test_long_text_is_cut_at_the_best_place_there_is(tmp_path, end):
+  text = ('ä' * 99 + end) * 300
+  (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
+  pieces = documents(f'text:{tmp_path}/a.txt')
+  assert ''.join(pieces) == text
+  assert len(pieces) > 5
+  assert all(4000 <= len(piece) <= 8000 for piece in pieces[:-1])
+  assert all(piece.endswith(end) for piece in pieces)
+
+
+@pytest.mark.parametrize('content', [b'no archive', gzip.compress(b'{"text": "torn"}\n' * 99)[:-9]])
+def test_a_torn_archive_is_named(tmp_path, content):
+  (tmp_path / 'a.jsonl.gz').write_bytes(content)
+  with pytest.raises(ValueError, match=r'a\.jsonl\.gz: cannot be read \(.*; fetch the file again'):
+    documents(f'jsonl:{tmp_path}/a.jsonl.gz:text')
+
+
 def test_text_that_is_not_utf8_names_the_file(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
   with pytest.raises(ValueError, match=r'a\.txt: not UTF-8'):

@@ -96,7 +96,9 @@ def test_tokenizer_json_of_a_t5_kind_needs_no_rows_for_its_extra_ids(tmp_path):
   tokenizer = open_tokenizer(str(path), corpus(), vocab_size=size, cache_dir=tmp_path)
   assert (tokenizer.vocab_size, tokenizer.largest_id) == (size + 100, size - 1)
   assert max(tokenizer.encode('an <extra_id_3> in the text')) < size
-  with pytest.raises(ValueError, match=rf'up to {size - 1}, .* vocab_size={size - 1}; set vocab_'):
+  with pytest.raises(
+    ValueError, match=rf'up to {size - 1}, .* vocabulary of {size - 1}; set config'
+  ):
     open_tokenizer(str(path), corpus(), vocab_size=size - 1, cache_dir=tmp_path)
 
 
@@ -127,7 +129,9 @@ def test_sentencepiece(tmp_path):
 
 @pytest.mark.parametrize('name', ['bytes', 'bpe'])
 def test_a_vocabulary_smaller_than_the_data_is_refused(tmp_path, name):
-  with pytest.raises(ValueError, match=r'ids up to 256, the model has vocab_size=256; .*least 257'):
+  with pytest.raises(
+    ValueError, match=r'ids up to 256, the model has a vocab.*model_args.vocab to at least 257'
+  ):
     open_tokenizer(name, corpus(), vocab_size=256, cache_dir=tmp_path)
 
 
@@ -143,3 +147,19 @@ def test_a_vocabulary_smaller_than_the_data_is_refused(tmp_path, name):
 def test_an_unknown_tokenizer_is_corrected(tmp_path, name, said):
   with pytest.raises(ValueError, match=said):
     open_tokenizer(name, corpus(), vocab_size=300, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'said'),
+  [
+    ('tokenizer.json', '{"torn": ', r'tokenizer.json: not a tokenizer.json \(.*; replace'),
+    ('bad.model', 'no protocol buffer', r'bad.model: not a SentencePiece model \(.*; replace'),
+    ('tokenizer_config.json', '[', r'tokenizer_config.json: not a JSON object \(.*; replace'),
+  ],
+)
+def test_a_file_that_is_something_else_is_named(tmp_path, name, text, said):
+  (tmp_path / 'tokenizer.json').write_text(train_bpe(iter([TEXT]), 300))
+  (tmp_path / name).write_text(text)
+  opened = name if name.endswith('.model') else 'tokenizer.json'
+  with pytest.raises(ValueError, match=said):
+    open_tokenizer(str(tmp_path / opened), corpus(), vocab_size=300, cache_dir=tmp_path)
