@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from memjax import models, optimizers
+from memjax.steps import groups, rotations
 
 PAGE = pathlib.Path(__file__).with_name('methods.md')
 GIB = 2**30
@@ -31,6 +32,30 @@ below; weights in bfloat16 take 12.55 GiB beside it.
 
 """
 
+
+TURNS = """
+## Layers that take turns
+
+`config.step` names one of these where in each update some layers train and the others wait. A unit
+is the embedding, one layer, or the head with the last norm. Only units that train have gradients,
+and the backward pass ends at the lowest of them; the optimizer is any of those above. State, in the
+last column, is AdamW's in f32 between updates, for LLaMA-7B with bfloat16 weights.
+
+| `step` | who trains | what becomes of state | LLaMA-7B |
+|---|---|---|---|
+{rows}
+
+- `groups.size`: units (`hift`) or layers at once; 1, 1 and 2 unless set.
+- `groups.every`: updates between switches, 50 in `badam` and 20 in `lisa`; `hift` switches in each.
+- `groups.order`: `bottom2up` (`hift`), `top2down` (`badam`), or `random`; `lisa` draws.
+- `groups.ends`, `groups.keep`: see the table. A field that a step does not read is refused.
+- `offload_state`: where state waits that is kept. Its default, -1, is all of it in host memory,
+  from where a unit's comes to the device for its turn; 0 keeps it on the device.
+
+HiFT's learning rate advances once a cycle, `ceil((L + 2) / size)` updates in which every group
+trains once. With a warm-up the first cycle's is 0: it fills moments and moves nothing, so
+that a run of no more than one cycle is refused.
+"""
 
 TAIL = """
 ## Adapters
@@ -59,6 +84,52 @@ the optimizer on those. W stays in 16 bits, or in 8 or 4 (`config.weights`).
 Rows of a batch that stand for all: `config.select.name='colm'` ([CoLM](https://arxiv.org/abs/2407.19580));
 as published: `compat.colm`.
 """
+
+
+class Turns(NamedTuple):
+  """One row of the table of steps in which layers take turns."""
+
+  step: str
+  paper: str
+  trains: str
+  state: str
+  arguments: Mapping = MappingProxyType({})  # Of the rotation, as `config.groups` sets them.
+
+
+TURNS_OF = (
+  Turns(
+    'hift',
+    '[HiFT](https://arxiv.org/abs/2401.15207)',
+    'all units, `groups.size` in each update, one group after the other',
+    'waits for the next turn',
+  ),
+  Turns(
+    'badam',
+    '[BAdam](https://arxiv.org/abs/2404.02827)',
+    '`groups.size` layers for `groups.every` updates, then the next; embedding and head never',
+    'begins anew, and so does an f32 copy of the weights, which trains in their place',
+  ),
+  Turns(
+    'badam',
+    '[BAdam](https://arxiv.org/abs/2404.02827)',
+    'the same; embedding and head have turns of their own',
+    'the same',
+    dict(ends=True),
+  ),
+  Turns(
+    'lisa',
+    '[LISA](https://arxiv.org/abs/2403.17919)',
+    'embedding, head, and `groups.size` layers drawn every `groups.every` updates',
+    'begins anew with each draw',
+  ),
+  Turns(
+    'lisa',
+    '[LISA](https://arxiv.org/abs/2403.17919)',
+    'the same',
+    'waits for the next turn, as in its official code',
+    dict(keep=True),
+  ),
+)
 
 
 class Method(NamedTuple):
@@ -289,14 +360,30 @@ def page() -> str:
   for name, size in sorted(sizes.items(), key=lambda item: item[1]):
     method = METHODS[name]
     lines.append(f'| {link(method)} | `{name}` | {method.state} | {size / GIB:,.2f} GiB |')
-  return HEAD + '\n'.join(lines) + '\n' + ''.join(section(name) for name in METHODS) + TAIL
+  head = HEAD + '\n'.join(lines) + '\n'
+  turns = TURNS.format(rows='\n'.join(map(turn, TURNS_OF)))
+  return head + ''.join(section(name) for name in METHODS) + turns + TAIL
 
 
 def state_bytes(name: str, params) -> int:
   """Returns the bytes of a method's state for `params`, a tree of shapes."""
   transform = optimizers.OPTIMIZERS[name](1e-3, **METHODS[name].arguments)
-  state = jax.eval_shape(transform.init, params)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  return bytes_of(jax.eval_shape(transform.init, params))
+
+
+def bytes_of(tree) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def turn(row: Turns) -> str:
+  """Returns a row of the table of steps in which layers take turns."""
+  model = models.create('llama_7b', param_dtype='bfloat16')
+  rotation = rotations.ROTATIONS[row.step](model.layers, **row.arguments)
+  init = lambda key: groups.init_state(model.init, optimizers.OPTIMIZERS['adamw'], rotation, key)
+  size = bytes_of(jax.eval_shape(init, jax.random.key(0))['opt'])
+  name = ', '.join([f'`{row.step}`', *(f'`groups.{k}={v}`' for k, v in row.arguments.items())])
+  where = 'in host memory' if rotation.keep else 'on the device'
+  return f'| {name} ({row.paper}) | {row.trains} | {row.state} | {size / GIB:,.2f} GiB {where} |'
 
 
 def link(method: Method) -> str:
