@@ -17,6 +17,7 @@ from memjax.tasks.loading import (
   choosing,
   head_fields,
   load,
+  load_test,
   resolve,
 )
 from memjax.tasks.metrics import METRICS
@@ -40,6 +41,7 @@ __all__ = [
   'find',
   'head_fields',
   'load',
+  'load_test',
   'measure',
   'predict',
   'read',

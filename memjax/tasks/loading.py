@@ -1,6 +1,7 @@
 """From the `task` fields of a config to splits of examples."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 
@@ -64,16 +65,26 @@ def load(
   """
   task = resolve(fields)
   check_model(task, model, seq_len)
-  pool, train, dev, test = draw(task, fields)
-  identity = f'task {task.name} {_identity(train)}'
-  texts = Source(f'task {task.name}', lambda: map(_text, train), identity)
-  opened = open_tokenizer(
-    tokenizer, texts, vocab_size=vocab_size, cache_dir=pathlib.Path(cache_dir).expanduser()
-  )
-  opened = _begin(opened, fields.prefix)
-  make = _maker(task, fields, model, opened, seq_len, pool)
-  train_file, _ = files(task, fields)
-  return TaskData(task, make(train), make(dev), make(test), opened, train_file)
+  drawn = Draw(task, fields)
+  opened = _tokenizer(tokenizer, drawn, vocab_size, cache_dir)
+  sources = tuple(sorted({e.source for e in drawn.pool if e.source}))
+  make = _maker(drawn, model, opened, seq_len, sources)
+  splits = (make(examples) for examples in (drawn.train, drawn.dev, drawn.test))
+  return TaskData(task, *splits, opened, drawn.files[0])
+
+
+def load_test(
+  fields: ConfigDict, model, tokenizer: str, seq_len: int, *, vocab_size: int, cache_dir
+) -> TaskData:
+  """Reads what a model is measured on, as `load` does, and the training file only where a part of
+  it is tested on, is shown in prompts, or trains the tokenizer; `train` and `validation` are empty.
+  """
+  task = resolve(fields)
+  check_model(task, model, seq_len)
+  drawn = Draw(task, fields)
+  opened = _tokenizer(tokenizer, drawn, vocab_size, cache_dir)
+  make = _maker(drawn, model, opened, seq_len)
+  return TaskData(task, make([]), make([]), make(drawn.test), opened, drawn.files[0])
 
 
 def resolve(fields: ConfigDict) -> Task:
@@ -101,35 +112,63 @@ def files(task: Task, fields: ConfigDict) -> tuple[str, str]:
   train = fields.train or own or prepared
   # Files come together: a prepared dataset does not stand in for the half that was not named.
   test = fields.test or (prepared if not fields.train and not own else '')
-  if not train:
-    raise ValueError(
-      f'task {task.name!r} is not in TensorFlow Datasets; name its files as config.task.train and '
-      'config.task.test'
-    )
   return train, test
 
 
-def draw(task: Task, fields: ConfigDict) -> tuple[list[Example], ...]:
-  """Returns the training file, and the training, development and test examples drawn.
+class Draw:
+  """Examples of a task by the protocols of `memjax.tasks.sampling`: `shots` a label, or `examples`
+  and `dev_examples` of the training file, or all of it.
 
-  The protocols are those of `memjax.tasks.sampling`: `shots` a label, or `examples` and
-  `dev_examples` of the training file, or all of it. Without a development set, the test set is it.
+  A file is read when it is first asked for: who only tests needs no rows to train on.
   """
-  train_file, test_file = files(task, fields)
-  pool = read(task, train_file, task.splits[0])
-  if fields.shots:
-    train, dev = sampling.k_shot(pool, fields.shots, fields.seed)
-  else:
-    train, dev = sampling.n_examples(pool, fields.examples, fields.dev_examples, fields.seed)
-  dev = read(task, fields.dev, task.splits[1]) if fields.dev else dev
-  if not test_file and not dev:
-    raise ValueError(
-      f'task {task.name!r} has nothing to measure on: name config.task.test or config.task.dev, or '
-      'part the training file with config.task.dev_examples'
-    )
-  test = read(task, test_file, task.splits[1]) if test_file else dev
-  test = sampling.take(test, fields.test_examples, fields.seed)
-  return pool, train, dev or test, test
+
+  def __init__(self, task: Task, fields: ConfigDict):
+    self.task, self.fields, self.files = task, fields, files(task, fields)
+
+  @functools.cached_property
+  def pool(self) -> list[Example]:
+    """All of the training file."""
+    if not self.files[0]:
+      raise ValueError(
+        f'task {self.task.name!r} is not in TensorFlow Datasets; name its files as '
+        'config.task.train and config.task.test'
+      )
+    return read(self.task, self.files[0], self.task.splits[0])
+
+  @functools.cached_property
+  def _parts(self):
+    """What trains and what develops of the training file."""
+    f = self.fields
+    if f.shots:
+      return sampling.k_shot(self.pool, f.shots, f.seed)
+    return sampling.n_examples(self.pool, f.examples, f.dev_examples, f.seed)
+
+  @property
+  def train(self) -> list[Example]:
+    """Examples to train on."""
+    return self._parts[0]
+
+  @functools.cached_property
+  def dev(self) -> list[Example]:
+    """Examples that choose among checkpoints; without any of their own, those of the test."""
+    return self._own_dev or self.test
+
+  @functools.cached_property
+  def _own_dev(self):
+    named = self.fields.dev
+    return read(self.task, named, self.task.splits[1]) if named else self._parts[1]
+
+  @functools.cached_property
+  def test(self) -> list[Example]:
+    """Examples to test on; without a file of their own, those that develop."""
+    file = self.files[1]
+    found = read(self.task, file, self.task.splits[1]) if file else self._own_dev
+    if not found:
+      raise ValueError(
+        f'task {self.task.name!r} has nothing to measure on: name config.task.test or '
+        'config.task.dev, or part the training file with config.task.dev_examples'
+      )
+    return sampling.take(found, self.fields.test_examples, self.fields.seed)
 
 
 def check_model(task: Task, model, seq_len: int) -> None:
@@ -175,17 +214,27 @@ def is_encoder(model) -> bool:
   return isinstance(model, Bert)
 
 
-def _maker(task, fields, model, tokenizer, seq_len, pool):
+def _maker(drawn, model, tokenizer, seq_len, sources=()):
   """Returns the function from examples to a split."""
-  sources = tuple(sorted({e.source for e in pool if e.source}))
+  task, fields = drawn.task, drawn.fields
   if is_encoder(model):
     return lambda examples: Framed(examples, sources, tokenizer, seq_len, task.kind == 'regression')
   shown = ()
   if fields.demonstrations:
-    shown = sampling.take(pool, fields.demonstrations, fields.seed)
+    shown = sampling.take(drawn.pool, fields.demonstrations, fields.seed)
   prompter = Prompter(task, tokenizer, seq_len + 1, tuple(shown))
   split = Optioned if fields.loss == 'options' else Prompted
   return lambda examples: split(examples, sources, prompter, seq_len)
+
+
+def _tokenizer(name, drawn, vocab_size, cache_dir):
+  """Opens a tokenizer; one that is trained reads the training examples."""
+  train = drawn.train if name == 'bpe' else ()
+  who = f'task {drawn.task.name}'
+  texts = Source(who, lambda: map(_text, train), f'{who} {_identity(train)}')
+  cache_dir = pathlib.Path(cache_dir).expanduser()
+  opened = open_tokenizer(name, texts, vocab_size=vocab_size, cache_dir=cache_dir)
+  return _begin(opened, drawn.fields.prefix)
 
 
 def _begin(tokenizer: Tokenizer, prefix: str) -> Tokenizer:

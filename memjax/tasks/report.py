@@ -6,10 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from memjax import build, checkpoint, sharding, workdir
+from memjax import build, checkpoint, pretrained, sharding, workdir
 from memjax import config as config_lib
 from memjax.build_model import build_model, loaded_fields
 from memjax.models import huggingface
+from memjax.naming import nearest
 from memjax.tasks import loading
 from memjax.tasks.evaluation import measure
 
@@ -29,7 +30,8 @@ def evaluate_folder(
   Args:
     folder: Work directory of a run, or what `memjax.models.load` reads.
     tasks: Name -> fields of `config.task` to set, such as `{'rte': {'test': 'rte.jsonl'}}`; default
-      the task of `config`, else that of the run.
+      the task of `config`, else that of the run. A field `name` lets one task be measured twice.
+      Files to train on are read only where a part of them is the test or is shown in prompts.
     config: Its `task` fields, `batch_size` and `seq_len` are used, and for a pretrained model all
       that describes one; needed there, else default what the run was made with.
     directory: Where the results are written; default `folder` if it is a run, else nowhere.
@@ -40,7 +42,8 @@ def evaluate_folder(
     number of `examples`, and the `file` they are from. The same is in `evaluation.json`.
 
   Raises:
-    ValueError: for a folder without a checkpoint, or whatever is wrong with a config or a task.
+    ValueError: for a folder without a checkpoint, a field that `config.task` has not, or whatever
+      is wrong with a config or a task.
   """
   folder = pathlib.Path(folder).expanduser()
   is_run = (folder / 'checkpoints').is_dir()
@@ -61,12 +64,12 @@ def evaluate_folder(
       'there is no task to measure on: the config trains on text; name one, as in '
       '--config=configs/glue.py:task=sst2'
     )
+  wanted = {name: _fields(config, name, changes) for name, changes in tasks.items()}
   mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
   read = _read_run if is_run else _read_pretrained
   model, params, step = read(folder, config, mesh)
   results = {}
-  for name, changes in tasks.items():
-    fields = _fields(config, name, changes)
+  for name, fields in wanted.items():
     results[name] = _measured(fields, config, model, params)
   named = config.load or config.model
   report = {'folder': str(folder), 'model': named, 'step': step, 'tasks': results}
@@ -119,20 +122,19 @@ def _fields(config, name, changes):
   if name != fields.name:
     # Of another task nothing carries over: neither its files nor its words.
     fields = ConfigDict(config_lib.default().task.to_dict()).unlock()
+  for field in changes:
+    if field not in fields:
+      raise ValueError(
+        f'to measure {name!r}: config.task has no field {field!r}; {nearest(field, fields)}'
+      )
   fields.update({'name': name, **changes})
-  if fields.test and not fields.train and not fields.name.startswith('jsonl:'):
-    fields.train = fields.test  # Nothing is trained, and nothing is shown without `train`.
-    if fields.demonstrations:
-      raise ValueError('config.task.demonstrations are drawn from config.task.train; name it')
   return fields
 
 
 def _measured(fields, config, model, params):
-  from memjax.train import load_data
-
-  config = ConfigDict(config.to_dict()).unlock()
-  config.task = fields
-  data = load_data(config, model)
+  tokenizer = pretrained.tokenizer(config)
+  where = dict(vocab_size=model.vocab, cache_dir=config.data.cache_dir or config_lib.user_cache())
+  data = loading.load_test(fields, model, tokenizer, config.seq_len, **where)
   scores = measure(model, params, data.task, data.test, config.batch_size)
   file = loading.files(data.task, fields)[1] or fields.dev or data.source
   return {**scores, 'examples': len(data.test), 'file': file}

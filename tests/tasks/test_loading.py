@@ -36,6 +36,19 @@ def test_splits_come_from_files_and_draws(tmp_path):
   assert type(load(tmp_path, loss='options').train) is Optioned
 
 
+def test_a_test_needs_no_rows_to_train_on(tmp_path):
+  where = dict(vocab_size=512, cache_dir=tmp_path)
+  measured = lambda **changes: tasks.load_test(fields(**changes), LLAMA, 'bytes', 64, **where)
+  data = measured(train='nowhere.jsonl', test='made_up:9:50', test_examples=6)
+  assert [len(s) for s in (data.train, data.validation, data.test)] == [0, 0, 6]
+  assert len(measured(train='nowhere.jsonl').test) == 4  # Those that develop.
+  assert len(measured(dev='', dev_examples=7).test) == 7
+  shown = measured(demonstrations=2, test='made_up:9').test.prompter.demonstrations
+  assert shown == load(tmp_path, demonstrations=2).train.prompter.demonstrations
+  with pytest.raises(ValueError, match=r'nowhere\.jsonl: no such file'):
+    measured(train='nowhere.jsonl', demonstrations=2, test='made_up:9')
+
+
 def test_demonstrations_are_the_first_of_the_published_draw(tmp_path):
   data = load(tmp_path, demonstrations=2, examples=10, dev_examples=5, dev='')
   shown = data.train.prompter.demonstrations

@@ -178,7 +178,8 @@ def test_scores_stand_beside_the_validation_loss(run):
 
 def test_a_run_is_measured_from_its_checkpoint(run):
   directory, result = run
-  found = memjax.evaluate(directory, {'sst2': {'test': 'made_up:8:32'}}, devices=jax.devices()[:1])
+  fields = {'test': 'made_up:8:32', 'train': 'nowhere.jsonl'}  # Where it trained, not here.
+  found = memjax.evaluate(directory, {'sst2': fields}, devices=jax.devices()[:1])
   assert found['tasks']['sst2']['accuracy'] == result['eval/accuracy']
   assert (found['step'], found['tasks']['sst2']['examples']) == (4, 8)
   assert json.loads((directory / 'evaluation.json').read_text()) == found
@@ -190,6 +191,8 @@ def test_what_cannot_be_measured_is_refused(run, tmp_path):
     memjax.evaluate(tmp_path)
   with pytest.raises(ValueError, match='needs labels=3, but the model has 2'):
     memjax.evaluate(run[0], {'mnli': {'test': 'made_up:4'}}, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=r"to measure 'sst2': config\.task has no field 'tets'"):
+    memjax.evaluate(run[0], {'sst2': {'tets': 'made_up:4'}})
 
 
 @pytest.mark.slow
