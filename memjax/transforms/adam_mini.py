@@ -23,6 +23,7 @@ Partition = Callable[[str, Any], tuple[int, ...]]
 _TOKENS = re.compile(r'embed|embd|^wte$', re.IGNORECASE)
 _QUERY_KEY = re.compile(r'^(q|k|query|key|q_proj|k_proj|wq|wk)$', re.IGNORECASE)
 _BIAS = re.compile(r'bias|^b$', re.IGNORECASE)
+_FIRST_FACTOR = re.compile(r'kernel(/adapted)?/a$')  # [..., in, r]: its columns are ranks.
 
 
 class AdamMiniState(NamedTuple):
@@ -38,8 +39,9 @@ def transformer_blocks(head_dim: int | None = None) -> Partition:
 
   By the names in a path: a head of a query or key kernel is a block; of an embedding `[tokens, D]`
   a token; of a bias a number; of a norm all of it; of any other matrix (values, attention output,
-  MLP, language-model head) an output neuron, `in` numbers. A kernel that splits its heads, `[D,
-  heads, head_dim]`, needs a partition of its own.
+  MLP, language-model head) an output neuron, `in` numbers. Of an adapted kernel the second factor
+  has the kernel's heads, the first one neurons. A kernel that splits its heads, `[D, heads,
+  head_dim]`, needs a partition of its own.
 
   >>> blocks = transformer_blocks(head_dim=64)
   >>> blocks('blocks/attn/q/kernel', jnp.zeros([8, 512, 512]))
@@ -57,7 +59,7 @@ def transformer_blocks(head_dim: int | None = None) -> Partition:
   """
 
   def partition(path, leaf):
-    parts = path.split('/')
+    parts = units.adapted_path(path).split('/')
     says = lambda pattern: any(pattern.search(part) for part in parts)
     ones = (1,) * leaf.ndim
     if not units.is_matrix(path, leaf):
@@ -65,7 +67,7 @@ def transformer_blocks(head_dim: int | None = None) -> Partition:
     rows, columns = leaf.shape[-2:]
     if says(_TOKENS):
       return (*ones[2:], 1, columns)
-    if not says(_QUERY_KEY):
+    if not says(_QUERY_KEY) or _FIRST_FACTOR.search(path):
       return (*ones[2:], rows, 1)
     if head_dim is None or columns % head_dim:
       raise ValueError(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memjax.transforms.units import at_least_float32, map_with_path, unit_axes
+from memjax.transforms.units import at_least_float32, batch_shape, map_with_path, unit_axes
 
 
 class LimitNormGrowthState(NamedTuple):
@@ -52,7 +52,7 @@ def limit_norm_growth(growth: float = 1.01) -> optax.GradientTransformation:
 
   def init(params):
     return LimitNormGrowthState(
-      map_with_path(lambda path, p: jnp.zeros(_units(path, p), at_least_float32(p)), params)
+      map_with_path(lambda path, p: jnp.zeros(batch_shape(path, p), at_least_float32(p)), params)
     )
 
   def update(updates, state, params=None):
@@ -72,7 +72,3 @@ def limit_norm_growth(growth: float = 1.01) -> optax.GradientTransformation:
     return limited.astype(update.dtype), jnp.where(remember, factor * norm, previous)
 
   return optax.GradientTransformation(init, update)
-
-
-def _units(path, leaf):
-  return leaf.shape[: leaf.ndim - len(unit_axes(path, leaf))]

@@ -15,6 +15,7 @@ import numpy as np
 
 from memjax.naming import path_string
 from memjax.transforms.layers import Layer
+from memjax.transforms.units import adapted_path, is_matrix
 
 SIDES = ('short', 'long', 'left', 'right', 'both')
 
@@ -49,13 +50,11 @@ def default_targets(path: str, leaf: Any) -> bool:
   and biases `[L, D]` have two axes and are vectors all the same, hence the words. The factors of an
   adapted matrix (`kernel/a`, `kernel/b`) are the layer's, as it is.
   """
-  parts = re.sub('(?<=kernel)/[ab]$', '', path).split('/')
-  return leaf.ndim >= 2 and not any(map(_NOT_A_LAYER.search, parts))
+  parts = adapted_path(path).split('/')
+  return is_matrix(path, leaf) and not any(map(_NOT_A_LAYER.search, parts))
 
 
-_NOT_A_LAYER = re.compile(
-  r'embed|norm|scale|bias|^(wte|wpe|b|ln|head|decoder_logits)$|(^|_)head$|^ln_|_ln$', re.IGNORECASE
-)
+_NOT_A_LAYER = re.compile(r'embed|^(wte|wpe|decoder_logits)$|(^|_)head$', re.IGNORECASE)
 
 
 def check_rank(rank: Rank) -> None:

@@ -17,16 +17,33 @@ from memjax.transforms import explicit
 # A stack of norms or biases, [L, D], has two axes and is no matrix; only its name tells.
 _VECTOR = re.compile(r'norm|scale|bias|^(b|ln)$|^ln_|_ln$', re.IGNORECASE)
 
+# What is trained of an adapted matrix: its factors, and vectors beside them.
+_FACTOR = re.compile(r'(?<=kernel)(/adapted)?/[ab]$')
+_BESIDE_FACTORS = re.compile(r'kernel/(magnitude|gate)$')
+
 
 def is_matrix(path: str, leaf: Any) -> bool:
   """Whether the last two axes of a leaf are a matrix: not of norms, scales and biases.
 
   >>> is_matrix('blocks/attn/q/kernel', jnp.zeros([2, 8, 8]))
   True
+  >>> is_matrix('blocks/attn/q/kernel/b', jnp.zeros([2, 4, 8]))  # Of an adapted matrix.
+  True
   >>> is_matrix('blocks/attn_norm/scale', jnp.zeros([2, 8]))
   False
   """
-  return leaf.ndim >= 2 and not any(_VECTOR.search(part) for part in path.split('/'))
+  if leaf.ndim < 2 or _BESIDE_FACTORS.search(path):
+    return False
+  return not any(_VECTOR.search(part) for part in adapted_path(path).split('/'))
+
+
+def adapted_path(path: str) -> str:
+  """Returns the path of the matrix that a factor adapts; other paths as they are.
+
+  >>> adapted_path('blocks/attn/q/kernel/a')
+  'blocks/attn/q/kernel'
+  """
+  return _FACTOR.sub('', path)
 
 
 def map_with_path(function, tree, *rest):
@@ -39,6 +56,11 @@ def map_with_path(function, tree, *rest):
 def unit_axes(path: str, leaf: Any) -> tuple[int, ...]:
   """The axes of one unit: the last two of a matrix leaf, the last one of a vector leaf."""
   return (-2, -1) if is_matrix(path, leaf) else (-1,) * min(leaf.ndim, 1)
+
+
+def batch_shape(path: str, leaf: Any) -> tuple[int, ...]:
+  """The sizes of the axes before those of one unit."""
+  return leaf.shape[: leaf.ndim - len(unit_axes(path, leaf))]
 
 
 def unit_rms(path: str, x: jax.Array) -> jax.Array:
