@@ -13,7 +13,7 @@ from memjax.adapters.flat_lora import FlatLoRA
 from memjax.adapters.lora import LoRA
 from memjax.adapters.melora import MELoRA
 from memjax.adapters.merge import detach, fold, merge
-from memjax.adapters.noise import at_rest
+from memjax.adapters.noise import at_rest, with_keys
 from memjax.adapters.over_time import over_time
 from memjax.adapters.pc_lora import PCLoRA, compressed, distilled
 from memjax.adapters.peft import load_peft, save_peft
@@ -55,6 +55,7 @@ __all__ = [
   'replaced',
   'save_peft',
   'trainable',
+  'with_keys',
 ]
 
 # Name in a config -> specification; 'none' is none.

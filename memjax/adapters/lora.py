@@ -31,12 +31,15 @@ class LoRA:
     rest: Likewise, of what is trained beside the adapters; '' nothing, '.*' everything, 'bias' as
       published with `bias='all'`.
     rank_stabilized: Scales by `alpha / sqrt(rank)`.
-    dropout: Fraction of the activations that the addition does not see in training.
+    dropout: Fraction of the activations that the addition does not see in training: another mask
+      each micro-batch. `memjax.adapters.over_time` gives leaves the key of each update; a loop of
+      one's own calls `memjax.adapters.with_keys`, else one mask stays.
     init: 'kaiming' draws A uniformly within `1 / sqrt(m)`, as the official code; 'gaussian' with
       standard deviation `1 / rank`.
     dtype: Of the factors; '' is that of the matrix.
     rate_ratio: Learning rate of B over that of A, as in LoRA+; 16 is published.
-    form: In what order to multiply, a key of `memjax.weights.forms.NAMED`; '' counts operations.
+    form: In what order to multiply, a key of `memjax.weights.forms.NAMED`; '' counts operations,
+      and does not merge in 16 bits, where the sum would be rounded.
 
   References:
     Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021; Kalajdzievski, `rsLoRA
@@ -64,6 +67,11 @@ class LoRA:
       raise ValueError(f'rate_ratio is {self.rate_ratio}; B would not learn, or unlearn')
     if self.form and self.form not in forms.NAMED:
       raise ValueError(f'form {self.form!r} does not exist; {nearest(self.form, forms.NAMED)}')
+    if self.form not in ('', 'split') and self.dropout:
+      raise ValueError(
+        f'form is {self.form!r} and dropout {self.dropout}, but what the addition sees less of it '
+        "multiplies apart; set form='' or dropout=0"
+      )
 
   @property
   def scale(self) -> float:

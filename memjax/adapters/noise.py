@@ -16,7 +16,7 @@ def with_keys(params: Any, key: jax.Array) -> Any:
 
   Args:
     params: Adapted parameters.
-    key: Of one step.
+    key: Of one step; its micro-batches fold in their number, see `memjax.weights.in_part`.
   """
 
   def renew(path, leaf):

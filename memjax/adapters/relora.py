@@ -150,6 +150,8 @@ def relora(
   At a restart the update of W is `s A B`, and those of A and B lead to another draw and to zero;
   then the moments are pruned. An update of W is an array of its size, zero elsewhere: what trains a
   large model is `memjax.adapters.over_time`, which changes W in place, by the same numbers.
+  With dropout, each update moves the keys of the masks too; keys are integers, so differentiate
+  with respect to `memjax.adapters.trainable(params)`.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -169,7 +171,7 @@ def relora(
   Args:
     inner: Transform of what is trained, learning rate included.
     spec: With which the parameters were adapted.
-    key: Root key of new factors and of random pruning.
+    key: Root key of new factors, of random pruning and of dropout.
 
   Returns:
     A transform with state `ReLoRAState`, of adapted parameters, which it reads. Gradients may be of
@@ -187,6 +189,7 @@ def relora(
     moved = weights.replaced(params, optax.apply_updates(trained, steps))
     count = optax.safe_increment(state.count)
     new = spec.restart({'step': count, 'params': moved, 'opt': opt}, key, inner.init)
+    new = spec.advance(new, key)
     difference = jax.tree.map(lambda new, old: new - old, new['params'], params)
     return difference, ReLoRAState(count, new['opt'])
 

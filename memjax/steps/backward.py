@@ -32,12 +32,15 @@ class Task(NamedTuple):
 
 def forward(task: Task, params: dict) -> tuple[jax.Array, jax.Array]:
   """Returns the hidden states after the last block, and every block's input `[L, ...]`."""
-  model, number = task.model, task.number
-  each = lambda function, parts: accumulate(lambda part: ((), function(part)), parts, number)[1]
-  x = each(lambda tokens: model.embed(params, tokens), task.batch['tokens'])
+  model = task.model
+
+  def each(function, parts):
+    return accumulate(lambda *part: ((), function(*part)), parts, task.number)[1]
+
+  x = each(lambda tokens, _: model.embed(params, tokens), task.batch['tokens'])
 
   def body(x, layer):
-    return each(lambda x: model.block(layer, x), x), x
+    return each(lambda x, index: model.block(weights.in_part(layer, index), x), x), x
 
   return lax.scan(body, x, params[STACK])
 
@@ -88,13 +91,13 @@ def head_grads(task, params, last):
   params = {key: params[key] for key in params if key not in (STACK, EMBED) or key == read}
   trained = weights.trained(params)
 
-  def share(trained, x, part):
-    read = weights.replaced(params, trained)
+  def share(trained, x, part, index):
+    read = weights.replaced(weights.in_part(params, index), trained)
     return task.model.head_loss(read, x, part['targets'], part['weights'])[0] / task.count
 
-  def one(part):
+  def one(part, index):
     x, part = part
-    loss, (grads, cotangent) = jax.value_and_grad(share, argnums=(0, 1))(trained, x, part)
+    loss, (grads, cotangent) = jax.value_and_grad(share, argnums=(0, 1))(trained, x, part, index)
     return (loss, grads), cotangent
 
   (loss, grads), cotangent = accumulate(one, (last, task.batch), task.number)
@@ -128,11 +131,10 @@ def take_layer(params, inputs, index):
 def _layer(task, layer, x, cotangent):
   trained = weights.dense(weights.trained(layer))
 
-  def block(trained, x):
-    return run_block(task, weights.replaced(layer, trained), x)
-
-  def one(part):
+  def one(part, index):
     x, cotangent = part
+    seen = weights.in_part(layer, index)
+    block = lambda trained, x: run_block(task, weights.replaced(seen, trained), x)
     _, pull_back = jax.vjp(block, trained, x)
     grads, cotangent = pull_back(cotangent)
     # Here and not after the loops around, so that each device sums up its own shard only.
@@ -150,7 +152,7 @@ def embed_grads(task, params, cotangent):
   """Gradients of the embedding, as an input."""
   trained = weights.trained(params[EMBED])
 
-  def one(part):
+  def one(part, _):
     tokens, cotangent = part
     embed = lambda table: task.model.embed({EMBED: weights.replaced(params[EMBED], table)}, tokens)
     _, pull_back = jax.vjp(embed, trained)

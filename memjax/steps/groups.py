@@ -183,9 +183,10 @@ def backward(task: passes.Task, active, last, inputs, carry: dict, use: Callable
 def _input_cotangent(task, layer, x, cotangent):
   """Cotangents of one layer's input, where its parameters do not train."""
 
-  def one(part):
+  def one(part, index):
     x, cotangent = part
-    return (), jax.vjp(lambda x: passes.run_block(task, layer, x), x)[1](cotangent)[0]
+    seen = weights.in_part(layer, index)
+    return (), jax.vjp(lambda x: passes.run_block(task, seen, x), x)[1](cotangent)[0]
 
   return over_micro_batches(one, (x, cotangent), task.number)[1]
 

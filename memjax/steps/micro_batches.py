@@ -23,10 +23,11 @@ def split(batch: Any, number: int) -> Any:
 
 
 def accumulate(function: Callable, parts: Any, number: int) -> tuple[Any, Any]:
-  """Calls `function(part) -> (summed, kept)` on each micro-batch.
+  """Calls `function(part, index) -> (summed, kept)` on each micro-batch.
 
   Args:
-    function: Its first result is added up in f32, its second collected.
+    function: Its first result is added up in f32, its second collected; `index` is the number of
+      the micro-batch, see `memjax.weights.in_part`.
     parts: What `split` returned.
     number: Micro-batches.
 
@@ -35,12 +36,12 @@ def accumulate(function: Callable, parts: Any, number: int) -> tuple[Any, Any]:
     `[A, ...]` for more than one.
   """
   if number == 1:
-    return function(parts)
+    return function(parts, 0)
 
-  def add(total, part):
-    summed, kept = function(part)
+  def add(total, indexed):
+    summed, kept = function(*indexed)
     return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, summed), kept
 
-  summed, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+  summed, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), 0)
   zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), summed)
-  return jax.lax.scan(add, zeros, parts)
+  return jax.lax.scan(add, zeros, (parts, jnp.arange(number)))

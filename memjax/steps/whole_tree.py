@@ -73,8 +73,9 @@ def make_train_step(
     trained = weights.trained(state['params'])
     dense = weights.dense(trained)
 
-    def loss_of(values, part):
-      return loss(weights.replaced(state['params'], values), part)
+    def loss_of(values, part, index):
+      params = weights.in_part(state['params'], index)
+      return loss(weights.replaced(params, values), part)
 
     total, grads, opt = differentiate(loss_of)(dense, state['opt'], batch, accumulate)
     norm = global_norm(grads)
@@ -113,7 +114,8 @@ def _of_weights(loss):
   """Mean loss over the tokens of a batch, and its gradient."""
 
   def value_and_grad(params, opt, batch, accumulate):
-    one = lambda part: (jax.value_and_grad(_share(loss, batch))(params, part), None)
+    share = jax.value_and_grad(_share(loss, batch))
+    one = lambda part, index: (share(params, part, index), None)
     parts = micro_batches.split(batch, accumulate)
     total, grads = micro_batches.accumulate(one, parts, accumulate)[0]
     return total, grads, opt
@@ -131,7 +133,7 @@ def _in_subspace(transform, loss):
     def add(carry, indexed):
       total, summed, opt = carry
       index, part = indexed
-      value, grads = jax.value_and_grad(_share(loss, batch))(params, part)
+      value, grads = jax.value_and_grad(_share(loss, batch))(params, part, index)
       opt = transforms.refresh_subspace(transform, grads, opt, params, when=index == 0)
       reduced = transforms.project_gradient(grads, opt)
       return (total + value, jax.tree.map(jnp.add, summed, reduced), opt), None
@@ -147,4 +149,4 @@ def _in_subspace(transform, loss):
 def _share(loss, batch):
   """A micro-batch's share of the mean loss over all tokens of the batch."""
   count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
-  return lambda params, part: loss(params, part)[0] / count
+  return lambda params, part, index: loss(params, part, index)[0] / count

@@ -7,7 +7,7 @@ an axis of layers in front of all three. Activations are `[..., m]`.
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Adapted:
       evaluation.
     scale: s.
     dropout: Fraction of the activations that the addition does not see.
-    form: In what order to multiply; None counts operations.
+    form: In what order to multiply, where nothing is dropped; None counts operations.
 
   References:
     Hu et al., `LoRA: Low-Rank Adaptation of Large Language Models
@@ -65,7 +65,7 @@ class Adapted:
     """Returns `x[..., m] @ (W + s A B)[m, n]`, or with the transpose, in `x.dtype`."""
     into, out, swap = (self.b, self.a, True) if transpose else (self.a, self.b, False)
     if transpose or self._noisy():
-      return _plain(self._dropped(x), x, self.base, into, out, self.scale, swap)
+      return _plain(x, self.base, into, out, self.key, self.scale, self.dropout, swap)
     return _product(self._form(x), self.scale, x, self.base, self.a, self.b)
 
   def take(self, ids: jax.Array) -> jax.Array:
@@ -88,6 +88,13 @@ class Adapted:
     """Returns the leaf with another key of the dropout, or none."""
     return dataclasses.replace(self, key=key)
 
+  def in_part(self, index: jax.Array | int) -> 'Adapted':
+    """Returns the leaf with the dropout of one micro-batch, the `index`-th of an update."""
+    if self.key is None:
+      return self
+    fold = lambda key: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), index))
+    return self.with_key(jax.vmap(fold)(self.key) if self.key.ndim > 1 else fold(self.key))
+
   def spread(self, entries: tuple) -> 'Adapted':
     """See `memjax.sharding.weight_shardings`."""
     *batch, m, n = entries
@@ -103,7 +110,11 @@ class Adapted:
   def _form(self, x):
     rows = math.prod(x.shape[:-1])
     m, n = x.shape[-1], self.b.shape[-1]
-    return self.form or forms.choose(rows, m, n, self.b.shape[-2], a=not is_weight(self.a))
+    # In 16 bits `W + s A B` would be rounded as W is, and most of what is added be lost.
+    merge = jnp.finfo(x.dtype).bits >= 32
+    return self.form or forms.choose(
+      rows, m, n, self.b.shape[-2], a=not is_weight(self.a), merge=merge
+    )
 
   def _noisy(self) -> bool:
     """Whether activations are dropped, or factors stand in for what is trained, such as perturbed
@@ -111,13 +122,6 @@ class Adapted:
     """
     fixed = getattr(self.a, 'TRAINED', None) == ()
     return (self.key is not None) or is_weight(self.b) or (is_weight(self.a) and not fixed)
-
-  def _dropped(self, x):
-    if self.key is None:
-      return x
-    key = jax.random.wrap_key_data(self.key)
-    kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-    return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
 
 class Around:
@@ -136,6 +140,24 @@ class Around:
   def with_key(self, key: jax.Array | None):
     """Returns the leaf with another key of the dropout, or none."""
     return dataclasses.replace(self, adapted=self.adapted.with_key(key))
+
+  def in_part(self, index: jax.Array | int):
+    """Returns the leaf with the dropout of one micro-batch; other noise is the whole update's."""
+    return dataclasses.replace(self, adapted=self.adapted.in_part(index))
+
+
+def in_part(params: Any, index: jax.Array | int) -> Any:
+  """Returns parameters as one micro-batch sees them: leaves with dropout have a mask of its own.
+
+  Args:
+    params: Parameters, adapted or not.
+    index: i32[], the micro-batch's number in its update.
+  """
+
+  def see(leaf):
+    return leaf.in_part(index) if hasattr(leaf, 'in_part') else leaf
+
+  return jax.tree.map(see, params, is_leaf=is_weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -173,12 +195,21 @@ def _backward(form, scale, residuals, dy):
 _product.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(5, 6))
-def _plain(dropped, x, base, into, out, scale, swap):
-  """The product by the rules of differentiation, of which only the arguments are kept."""
+@functools.partial(jax.checkpoint, static_argnums=(5, 6, 7))
+def _plain(x, base, into, out, key, scale, dropout, swap):
+  """The product by the rules of differentiation, of which only the arguments are kept: the mask of
+  the dropout is drawn again.
+  """
   base = jax.lax.stop_gradient(base)
-  thin = dot(dropped, into, transpose=swap)
+  thin = dot(_dropped(x, key, dropout), into, transpose=swap)
   return dot(x, base, transpose=swap) + scale * dot(thin, out, transpose=swap)
+
+
+def _dropped(x, key, dropout):
+  if key is None:
+    return x
+  kept = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - dropout, x.shape)
+  return jnp.where(kept, x / (1 - dropout), 0).astype(x.dtype)
 
 
 def _over_rows(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ NAMED = {
 }
 
 
-def choose(rows: int, m: int, n: int, rank: int, a: bool = True) -> Form:
+def choose(rows: int, m: int, n: int, rank: int, a: bool = True, merge: bool = True) -> Form:
   """Returns the form with the fewest operations.
 
   Args:
@@ -36,6 +36,7 @@ def choose(rows: int, m: int, n: int, rank: int, a: bool = True) -> Form:
     n: Outputs.
     rank: Rank `r`.
     a: Whether A is trained.
+    merge: Whether `W + A B` may be formed, in the dtype of the activations.
 
   Merging pays when `m n r < t r (m + n)` and the matrix is there anyway; a matrix `x' dY` when the
   rank is above some quarter of the sides. Among equals, what makes no array of the weight's size.
@@ -49,7 +50,8 @@ def choose(rows: int, m: int, n: int, rank: int, a: bool = True) -> Form:
     Cherniuk et al., `RunLoRA <https://arxiv.org/abs/2312.03415>`_, 2023 (whose backward passes 6 to
     8 are counted at half of what they take, so that its choices differ)
   """
-  return min(forms(), key=functools.partial(operations, rows=rows, m=m, n=n, rank=rank, a=a))
+  allowed = [form for form in forms() if merge or 'merged' not in form]
+  return min(allowed, key=functools.partial(operations, rows=rows, m=m, n=n, rank=rank, a=a))
 
 
 def forms() -> list[Form]:

@@ -120,7 +120,9 @@ def test_an_adapted_tree_is_refused():
     adapters.attach(adapted, adapters.LoRA(rank=4), KEY)
 
 
-@pytest.mark.parametrize('fields', [dict(init='x'), dict(dropout=1.0), dict(form='x')])
+@pytest.mark.parametrize(
+  'fields', [dict(init='x'), dict(dropout=1.0), dict(form='x'), dict(form='merged', dropout=0.1)]
+)
 def test_bad_fields_are_refused(fields):
   with pytest.raises(ValueError, match=next(iter(fields))):
     adapters.LoRA(rank=4, **fields)

@@ -1,6 +1,7 @@
 """Restarts: the merge, what is drawn and forgotten then, and the same as an optax transform."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,23 @@ def test_the_transform_is_the_run():
   jax.tree.map(near, params, state['params'])
   with pytest.raises(ValueError, match='the parameters'):
     transform.update(params, inner)
+
+
+def test_the_transform_moves_the_masks_of_the_dropout():
+  spec = adapters.ReLoRA(rank=3, every=9, dropout=0.5)
+  params = adapters.attach({'w': W}, spec, jax.random.key(1))
+  transform = adapters.relora(ADAM, spec, KEY)
+
+  @jax.jit
+  def update(params, state):
+    of = lambda values: loss(weights.replaced(params, values))[0]
+    updates, state = transform.update(jax.grad(of)(weights.trained(params)), state, params)
+    return optax.apply_updates(params, updates), state
+
+  one, state = update(params, transform.init(params))
+  two, _ = update(one, state)
+  keys = [params['w'].key, one['w'].key, two['w'].key]
+  assert all((x != y).all() for x, y in itertools.pairwise(keys))
 
 
 def test_the_official_arguments_and_their_quirks():

@@ -69,6 +69,13 @@ def test_the_backward_pass_keeps_the_activations_or_with_a_fixed_factor_their_pr
   stored = [x.shape for x in jax.tree.leaves(base)]
   assert kept(trained, X, A, B) == sorted([X.shape, X.shape, *stored])
 
+  def dropped(x, a, b):
+    key = jax.random.key_data(jax.random.key(1))
+    return dataclasses.replace(make(base, dropout=0.4), a=a, b=b, key=key).dot(jnp.sin(x))
+
+  # The mask is drawn again, from its key.
+  assert kept(dropped, X, A, B) == sorted([X.shape, X.shape, *stored, (2,)])
+
   fixed = weights.Drawn(jax.random.key_data(jax.random.key(0)), (8, 3), 1.0)
 
   def projected(x, b):
@@ -91,6 +98,25 @@ def test_dropout_keeps_the_mean_and_is_the_same_for_the_same_key():
   # What the base multiplies is not dropped: with factors of zero there is no noise.
   still = dataclasses.replace(leaf, b=jnp.zeros_like(B), key=key(1))
   np.testing.assert_allclose(still.dot(X), X @ W, rtol=1e-5, atol=1e-5)
+
+
+def test_in_16_bits_small_additions_are_not_rounded_away_however_many_rows():
+  signs = jnp.tile(jnp.array([1.0, -1.0], jnp.bfloat16), 16)
+  leaf = weights.Adapted(
+    jnp.ones((32, 32), jnp.bfloat16), 2e-4 * signs[:, None], jnp.ones((1, 32), jnp.bfloat16)
+  )
+  x = jnp.tile(signs, (64, 1))
+  np.testing.assert_allclose(jax.jit(weights.dot)(x, leaf), 32 * 2e-4, rtol=0.02)
+
+
+def test_micro_batches_drop_other_activations():
+  key = jax.random.key_data(jax.random.split(jax.random.key(1), 2))
+  stack = jax.tree.map(lambda x: jnp.stack([x] * 2), {'w': make(), 'norm': jnp.ones(3)})
+  stack['w'] = dataclasses.replace(stack['w'], key=key, dropout=0.4)
+  seen = lambda index: jax.vmap(lambda leaf: leaf.dot(X))(weights.in_part(stack, index)['w'])
+  assert np.abs(seen(0) - seen(1)).max() > 0.1
+  one = jax.tree.map(lambda x: x[1], stack)
+  np.testing.assert_array_equal(weights.in_part(one, 1)['w'].dot(X), seen(1)[1])
 
 
 def test_trained_and_replaced_are_opposites_and_leave_out_what_is_frozen():
