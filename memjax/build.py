@@ -71,6 +71,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   model = build_model(config, mesh)
   schedule = build_schedule(config)
   adapter = build_adapter(config)
+  loss = _loss(config, model, adapter)
   if config.step == 'streamed':
     return _build_streamed(config, mesh, model, schedule, adapter)
   if config.step == 'hybrid':
@@ -125,7 +126,6 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   state = _place(state, shardings)
   gradients = shardings | {'params': dense_shardings}
   if rotation is None:
-    loss = _loss(config, model, adapter)
     train_step = _make_step(config, model, loss, transform, shardings, gradients)
   else:
     train_step = groups.make_train_step(
@@ -152,6 +152,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
 def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
   """Puts together a run whose blocks live in the host's memory."""
   method = build_method(config, schedule)
+  transform = adapters.optimizer_of(adapter, method.transform, schedule)
+  method = method._replace(transform=transform)
   store = _store(config) or (lambda matrix: matrix)
   to_host = lambda matrix: streams.to_host(store(matrix))
   init_params = adapted(pretrained.starting(model, to_host), adapter)
@@ -190,8 +192,10 @@ def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
   last, changed = config.hybrid.layers, config.copy_and_resolve_references()
   name, peak = config.hybrid.optimizer, config.hybrid.learning_rate
   changed.optimizer = config_lib.optimizer(name, learning_rate=peak)
-  estimator = build_transform(config, schedule)
-  transform = build_transform(changed, build_schedule(changed), None, model.head_dim)
+  estimator = adapters.optimizer_of(adapter, build_transform(config, schedule), schedule)
+  rate = build_schedule(changed)
+  transform = build_transform(changed, rate, None, model.head_dim)
+  transform = adapters.optimizer_of(adapter, transform, rate)
   init = functools.partial(hybrid.init_state, init_params, last, estimator, transform)
   state = jax.eval_shape(init, pretrained.shapes(config, model))
   placed = _place_params(state['params'], model, mesh)
@@ -265,11 +269,11 @@ def _make_step(config, model, loss, transform, shardings, gradients):
 def _loss(config, model, adapter):
   """The model's loss, or the one that an adapter puts in its place."""
   loss = adapter.loss(model) if hasattr(adapter, 'loss') else model.loss
-  if config.step == 'layerwise' and loss != model.loss:
+  if config.step not in ('whole_tree', 'zeroth_order') and loss != model.loss:
     raise ValueError(
-      f"config.adapter {config.adapter.name!r} compares all layers with the original's, of which "
-      "config.step='layerwise' holds one; set config.step='whole_tree', or "
-      'config.adapter.task_share=1.0'
+      f"config.adapter {config.adapter.name!r} compares the hidden states of all layers with the "
+      f"original's, which config.step={config.step!r} never has together; set "
+      "config.step='whole_tree' or 'zeroth_order', or config.adapter.task_share=1.0"
     )
   return loss
 
