@@ -365,6 +365,12 @@ def _check_restarts(c: ConfigDict) -> None:
   """A method that changes factors and their state needs both on the device, with no update due."""
   if not hasattr(adapters.ADAPTERS[c.adapter.name], 'restart'):
     return
+  if c.weights != 'dense':
+    raise ValueError(
+      f'config.adapter {c.adapter.name!r} adds what it learnt to the weights, and '
+      f'config.weights={c.weights!r} would round the sums coarsely each time: set '
+      "config.weights='dense', or config.adapter.name='lora', which leaves weights alone"
+    )
   apart = [*rotations.ROTATIONS, 'streamed']
   if c.step in apart or c.offload_state > 0:
     raise ValueError(
