@@ -21,6 +21,8 @@ from memjax.models import huggingface
 from memjax.naming import fold_in_path, path_string
 
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+# A checkpoint's embedding is padded by less than this share of its rows.
+PADDING = 0.1
 
 
 class Start(NamedTuple):
@@ -117,8 +119,8 @@ def export(
 ) -> pathlib.Path:
   """Writes a trained model as a Hugging Face folder and returns its path, `directory/model-STEP`.
 
-  What is there already is left alone. The folder that the run started from lends its tokenizer and
-  what its config says beyond the model.
+  What is there already is left alone. The folder or file that the run started from lends its
+  tokenizer and what its config says beyond the model.
 
   Args:
     config: Read for `load`.
@@ -131,7 +133,7 @@ def export(
   # Process 0 may have finished before another looks.
   if not multihost_utils.broadcast_one_to_all(folder.exists()):
     source = pathlib.Path(config.load).expanduser()
-    like = source if config.load and source.is_dir() else None
+    like = source if config.load and source.exists() else None
     # A task may have put its own loss around a decoder.
     huggingface.save(folder, getattr(model, 'decoder', model), params, like=like)
   return folder
@@ -155,4 +157,36 @@ def tokenizer(config: ConfigDict) -> str:
   raise ValueError(
     f'{path} has neither {" nor ".join(TOKENIZERS)}; copy one there, or name one as '
     'config.data.tokenizer'
+  )
+
+
+def check_tokenizer(config: ConfigDict, opened: Any, vocab_size: int) -> None:
+  """Refuses the tokenizer of another model: a model reads its tokens as other words and says
+  nothing.
+
+  Its size must be that of the checkpoint, padding apart, and what ends a text there must stand for
+  no text in it. 'bytes' and 'bpe', which are never a checkpoint's own, are for trying things out.
+
+  Args:
+    config: Read for `load` and the tokenizer's name.
+    opened: The tokenizer, a `memjax.data.tokenizers.Tokenizer`.
+    vocab_size: Rows of the model's embedding.
+
+  Raises:
+    ValueError: naming the tokenizer, the checkpoint's config and the field.
+  """
+  name = tokenizer(config)
+  if not config.load or name in ('bytes', 'bpe'):
+    return
+  found = huggingface.read_config(config.load)
+  ends = found.get('eos_token_id')
+  ends = {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+  if opened.vocab_size < (1 - PADDING) * vocab_size:
+    why = f"its {opened.vocab_size:,} ids are too few for 'vocab_size' {vocab_size:,}"
+  elif ends and not ends & opened.control:
+    why = f"'eos_token_id' {min(ends)} is no end of a text in it"
+  else:
+    return
+  raise ValueError(
+    f'tokenizer {name!r} is not that of {found.path}: {why}; copy the tokenizer.json of the model'
   )

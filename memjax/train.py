@@ -269,17 +269,20 @@ def load_data(config: ConfigDict, model):
     from memjax import tasks
 
     arguments = dict(vocab_size=model.vocab, cache_dir=cache)
-    return tasks.load(config.task, model, tokenizer, config.seq_len, **arguments)
-  return data.load(
-    config.data.sources,
-    tokenizer,
-    config.seq_len,
-    vocab_size=model.vocab,
-    cache_dir=cache,
-    seed=config.seed,
-    validation_fraction=config.data.validation_fraction,
-    max_tokens=config.data.max_tokens or None,
-  )
+    loaded = tasks.load(config.task, model, tokenizer, config.seq_len, **arguments)
+  else:
+    loaded = data.load(
+      config.data.sources,
+      tokenizer,
+      config.seq_len,
+      vocab_size=model.vocab,
+      cache_dir=cache,
+      seed=config.seed,
+      validation_fraction=config.data.validation_fraction,
+      max_tokens=config.data.max_tokens or None,
+    )
+  pretrained.check_tokenizer(config, loaded.tokenizer, model.vocab)
+  return loaded
 
 
 def use_cpu_devices(count: int) -> None:

@@ -1,5 +1,6 @@
 """Runs that start from a checkpoint: what they hold before the first update, what is refused."""
 
+import contextlib
 import json
 
 import jax
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from memjax import build, models, pretrained, sharding, train, weights
 from memjax import config as config_lib
-from memjax.data.tokenizers import train_bpe
+from memjax.data.tokenizers import open_tokenizer, train_bpe
 
 SIZES = dict(vocab=300, hidden=32, intermediate=48, heads=4, kv_heads=2, layers=2)
 
@@ -135,10 +136,39 @@ def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_refused(folder, tmp
   with pytest.raises(ValueError, match=r'has neither tokenizer.json nor tokenizer.model; copy one'):
     train.load_data(c, model)
   (small / 'tokenizer.json').write_text((folder / 'tokenizer.json').read_text())
-  with pytest.raises(ValueError, match=r"small/tokenizer.json' has token ids up to 2\d\d.*=270"):
+  with pytest.raises(
+    ValueError, match=r"small/tokenizer.json' has token ids up to 2\d\d.* of 270; set"
+  ):
     train.load_data(c, model)
   c.data.tokenizer = 'bytes'
   assert pretrained.tokenizer(c) == 'bytes'
+
+
+@pytest.mark.parametrize(
+  ('fields', 'pieces', 'said'),
+  [
+    ({'eos_token_id': 0}, 290, None),
+    ({'eos_token_id': None}, 290, None),
+    ({'eos_token_id': [7, 0]}, 290, None),
+    (
+      {'eos_token_id': 2},
+      290,
+      r"tokenizer\.json' is not that of .*config\.json: 'eos_token_id' 2 is",
+    ),
+    ({}, 260, "its 260 ids are too few for 'vocab_size' 300"),
+  ],
+)
+def test_the_tokenizer_of_another_model_is_refused(folder, tmp_path, fields, pieces, said):
+  config = json.loads((folder / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(config | fields))
+  text = train_bpe([f'{i} times' for i in range(50)], pieces)
+  (tmp_path / 'tokenizer.json').write_text(text)
+  opened = open_tokenizer(
+    str(tmp_path / 'tokenizer.json'), None, vocab_size=300, cache_dir=tmp_path
+  )
+  raises = contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said)
+  with raises:
+    pretrained.check_tokenizer(config_of(tmp_path), opened, 300)
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_allocated(tmp_path):

@@ -34,6 +34,7 @@ class Tokenizer(NamedTuple):
   eos_id: int  # Follows every document.
   identity: str  # Equal only for tokenizers that encode alike.
   frame: Frame = Frame()  # Around a text on its own; streams of documents do without.
+  control: frozenset[int] = frozenset()  # Ids that stand for no text, such as a document's end.
 
 
 def open_tokenizer(name, source, *, vocab_size, cache_dir):
@@ -159,7 +160,7 @@ def _tokenizer_json(path):
 def _gguf(path):
   import tokenizers
 
-  from memjax.data.gguf import tokenizer_json
+  from memjax.models.huggingface.gguf_tokenizer import tokenizer_json
 
   text, eos_id = tokenizer_json(path)
   return _hugging_face(tokenizers.Tokenizer.from_str(text), text, lambda _: eos_id)
@@ -191,6 +192,7 @@ def _hugging_face(tokenizer, text, find_eos_id):
     eos_id=eos_id,
     identity=f'{eos_id} {hashlib.sha256(text.encode()).hexdigest()}',
     frame=_frame(tokenizer),
+    control=frozenset(special | {eos_id}),
   )
 
 
@@ -239,16 +241,18 @@ def _sentencepiece(path):
   eos_id, size = processor.eos_id(), processor.get_piece_size()
   if eos_id < 0:
     raise ValueError(f'{path}: no end-of-document piece; train it without --eos_id=-1')
-  from_text = (i for i in range(size) if not processor.is_control(i) and not processor.is_unused(i))
+  control = frozenset(i for i in range(size) if processor.is_control(i))
+  from_text = (i for i in range(size) if i not in control and not processor.is_unused(i))
   return Tokenizer(
     encode=processor.encode,
     encode_batch=processor.encode,
-    decode=lambda ids: processor.decode([i for i in ids if not processor.is_control(i)]),
+    decode=lambda ids: processor.decode([i for i in ids if i not in control]),
     vocab_size=size,
     largest_id=max(eos_id, *from_text),
     eos_id=eos_id,
     identity=hashlib.sha256(path.read_bytes()).hexdigest(),
     frame=Frame(first=(processor.bos_id(),)) if processor.bos_id() >= 0 else Frame(),
+    control=control,
   )
 
 

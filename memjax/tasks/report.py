@@ -135,6 +135,7 @@ def _measured(fields, config, model, params):
   tokenizer = pretrained.tokenizer(config)
   where = dict(vocab_size=model.vocab, cache_dir=config.data.cache_dir or config_lib.user_cache())
   data = loading.load_test(fields, model, tokenizer, config.seq_len, **where)
+  pretrained.check_tokenizer(config, data.tokenizer, model.vocab)
   scores = measure(model, params, data.task, data.test, config.batch_size)
   file = loading.files(data.task, fields)[1] or fields.dev or data.source
   return {**scores, 'examples': len(data.test), 'file': file}

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.data.gguf import tokenizer_json
 from memjax.data.tokenizers import open_tokenizer
 from memjax.models import huggingface, load
+from memjax.models.huggingface.gguf_tokenizer import tokenizer_json
 from memjax.models.rotary import RopeScaling, frequencies
 
 gguf = pytest.importorskip('gguf')
@@ -105,7 +105,7 @@ TENSORS = {
 }
 
 
-def write(path, kind='llama', tensors=TENSORS, extra=(), **fields):
+def write(path, kind='llama', tensors=TENSORS, extra=(), tokenizer=False, **fields):
   """Writes a file of one layer; returns what its tensors stand for."""
   writer = gguf.GGUFWriter(path, kind)
   writer.add_block_count(1)
@@ -125,6 +125,8 @@ def write(path, kind='llama', tensors=TENSORS, extra=(), **fields):
     writer.add_tensor(name if '.bias' in name else f'{name}.weight', data, raw_dtype=quantised)
   for name, array in extra:
     writer.add_tensor(name, array)
+  if tokenizer:
+    add_tokenizer(writer)
   for add in (
     writer.write_header_to_file,
     writer.write_kv_data_to_file,
@@ -226,11 +228,10 @@ def test_what_cannot_be_read_is_refused_by_file_and_key(tmp_path):
 # The tokenizer.
 
 
-def write_tokenizer(path, **fields):
+def add_tokenizer(writer, **fields):
   """Pieces of single letters, of two words, and three that are no text."""
   pieces = ['<|end|>', '<|user|>', 'a', 'b', 'c', 'ab', 'abc', '\u0120', '1', '\u0120ab']
   merges = ['a b', 'ab c', '\u0120 ab']
-  writer = gguf.GGUFWriter(path, 'llama')
   writer.add_tokenizer_model(fields.get('model', 'gpt2'))
   writer.add_tokenizer_pre(fields.get('pre', 'smollm'))
   writer.add_token_list(pieces)
@@ -240,9 +241,34 @@ def write_tokenizer(path, **fields):
   if 'bos' in fields:
     writer.add_bos_token_id(fields['bos'])
     writer.add_add_bos_token(True)
+  return pieces
+
+
+def write_tokenizer(path, **fields):
+  """Writes a file without a model."""
+  writer = gguf.GGUFWriter(path, 'llama')
+  pieces = add_tokenizer(writer, **fields)
   for add in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
     add()
   return pieces
+
+
+def test_a_folder_made_of_a_file_has_its_tokenizer_and_token_ids(tmp_path):
+  file, folder = tmp_path / 'model.gguf', tmp_path / 'folder'
+  write(file, tokenizer=True)
+  model, params = load(file)
+  huggingface.save(folder, model, params, like=file)
+  where = dict(vocab_size=V, cache_dir=tmp_path)
+  theirs, ours = (open_tokenizer(str(p), None, **where) for p in (file, folder / 'tokenizer.json'))
+  assert ours.encode('abc ab11') == theirs.encode('abc ab11')
+  assert (
+    ours.eos_id == theirs.eos_id == json.loads((folder / 'config.json').read_text())['eos_token_id']
+  )
+  assert json.loads((folder / 'tokenizer_config.json').read_text())['eos_token'] == '<|end|>'
+  write(file)
+  with pytest.warns(UserWarning, match=r"no tokenizer is written.*'tokenizer.ggml.model' is None"):
+    huggingface.save(tmp_path / 'other', model, params, like=file)
+  assert load(tmp_path / 'other')[0] == model
 
 
 def test_text_is_cut_into_the_pieces_of_the_file(tmp_path):
@@ -254,7 +280,7 @@ def test_text_is_cut_into_the_pieces_of_the_file(tmp_path):
   assert 1 not in cut.encode('a<|user|>a')  # Text never becomes a control token.
   text, eos = tokenizer_json(tmp_path / 'model.gguf')
   assert (json.loads(text)['model']['type'], eos) == ('BPE', 0)
-  with pytest.raises(ValueError, match=r"model.gguf' has token ids up to 9, .*vocab_size=9"):
+  with pytest.raises(ValueError, match=r"model.gguf' has token ids up to 9, .* of 9; set"):
     open_tokenizer(str(tmp_path / 'model.gguf'), None, vocab_size=9, cache_dir=tmp_path)
 
 

@@ -211,9 +211,12 @@ def test_host_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
   params = random_params(model)
   tensor, total = 4 * 128 * 256, sum(x.nbytes for x in jax.tree.leaves(params))
   assert total > 80 * tensor
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind='pinned_host')
+  in_host = jax.tree.map(lambda _: host, params)
   for work in (
     lambda: huggingface.save(tmp_path / 'model', model, params),
     lambda: huggingface.load(tmp_path / 'model'),
+    lambda: huggingface.load(tmp_path / 'model', shardings=in_host),
   ):
     tracemalloc.start()
     work()

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from memjax import sharding as sharding_lib
+from memjax.models.huggingface import checkpoint as checkpoint_lib
 from memjax.models.huggingface import families
 from memjax.models.huggingface.checkpoint import Checkpoint, Tensors, open_folder
 from memjax.models.huggingface.family import BLOCKS, Config, Family, Index, Name, Shape
@@ -37,9 +38,8 @@ def load(
   """Reads a model and its parameters.
 
   Reads only what this process's devices hold, one layer's tensor at a time: besides the parameters
-  where they belong, host memory holds a few copies of the largest tensor, not the model. A stacked
-  leaf whose sharding is in host memory is put together there first, and held twice for a moment.
-  Communicates nothing.
+  where they belong, which may be the host's memory, that holds a few copies of the largest tensor,
+  not the model. Communicates nothing.
 
   Args:
     path: A folder with `config.json` and safetensors (`model.safetensors`, or several files with
@@ -80,6 +80,12 @@ def load(
 def describe(path: str | pathlib.Path, dtype: Any = None, **fields: Any) -> Any:
   """Returns the model that `load` would, with its sizes and without reading any parameter."""
   return _model(_open(path), dtype, fields)[1]
+
+
+def read_config(path: str | pathlib.Path) -> Config:
+  """Returns what the `config.json` of a folder says, or would say of a `.gguf` file."""
+  path = pathlib.Path(path).expanduser()
+  return _open(path).config if path.suffix == '.gguf' else checkpoint_lib.read_config(path)
 
 
 class Tensor(NamedTuple):
@@ -230,20 +236,8 @@ def _read(tensors: Tensors, tensor: Tensor, leaf: jax.ShapeDtypeStruct, sharding
     read = _once(functools.partial(part, tensor.keys[0], leaf.shape))
     return jax.make_array_from_callback(leaf.shape, sharding, read)
   layer_shape = leaf.shape[1:]
-  if _in_host(sharding):
-
-    def layers(index):
-      first, last, _ = index[0].indices(len(tensor.keys))
-      stack = None
-      for i, key in enumerate(tensor.keys[first:last]):
-        layer = part(key, layer_shape, index[1:])
-        stack = np.empty((last - first, *layer.shape), leaf.dtype) if stack is None else stack
-        stack[i] = layer
-      return stack
-
-    return jax.make_array_from_callback(leaf.shape, sharding, layers)
   zeros, put = _stacking(leaf.shape, leaf.dtype, sharding)
-  stack, layer_sharding = zeros(), _of_layer(sharding)
+  stack, layer_sharding = zeros(), _of_layer(sharding, None)
   for i, key in enumerate(tensor.keys):
     read = _once(functools.partial(part, key, layer_shape))
     layer = jax.make_array_from_callback(layer_shape, layer_sharding, read)
@@ -275,19 +269,25 @@ def _once(read: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def _stacking(shape: Shape, dtype: np.dtype, sharding: Sharding):
-  """Programs that make a stack and that write a layer into it in place; leaves share them."""
-  zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-  write = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-  return zeros, jax.jit(write, donate_argnums=0, out_shardings=sharding)
+  """Programs that make a stack and that write a layer into it in place; leaves share them.
+
+  Where the stack is in the host's memory, only a layer of it is ever on the device.
+  """
+  home = _of_layer(sharding, sharding.memory_kind)
+  send = lambda layer: jax.device_put(layer, home)
+
+  def zeros():
+    return jax.lax.map(lambda _: send(jnp.zeros(shape[1:], dtype)), jnp.arange(shape[0]))
+
+  def write(stack, layer, i):
+    return jax.lax.dynamic_update_index_in_dim(stack, send(layer), i, 0)
+
+  make = lambda f, **donated: jax.jit(f, out_shardings=sharding, **donated)
+  return make(zeros), make(write, donate_argnums=0)
 
 
-def _of_layer(sharding: Sharding) -> Sharding:
-  """Where one layer of a stacked leaf belongs."""
+def _of_layer(sharding: Sharding, kind: str | None) -> Sharding:
+  """Where one layer of a stacked leaf belongs, in a kind of memory; None is the device's own."""
   if isinstance(sharding, NamedSharding):
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-  return sharding
-
-
-def _in_host(sharding: Sharding) -> bool:
-  device = next(iter(sharding.device_set))
-  return sharding.memory_kind not in (None, 'device', device.default_memory().kind)
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=kind)
+  return SingleDeviceSharding(*sharding.device_set, memory_kind=kind)

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import struct
 import uuid
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from memjax import weights
 from memjax.models.huggingface import checkpoint, families
 from memjax.models.huggingface.family import BLOCKS, Family, Name, Shape
+from memjax.models.huggingface.read import read_config
 from memjax.naming import path_string
 
 SHARD_BYTES = 5 * 2**30  # As large as files of the Hugging Face hub are.
@@ -57,8 +59,9 @@ def save(
     folder: Where to; must not exist, or be empty.
     model: Model.
     params: Its parameters, in the dtype to write.
-    like: Folder that the model was loaded from: its family is kept where two would do, its config's
-      other fields (token ids, longest sequence) are, and its tokenizer is copied.
+    like: Folder or `.gguf` file that the model was loaded from: its family is kept where two would
+      do, its config's other fields (token ids, longest sequence) are, and its tokenizer is copied.
+      A warning says why a `.gguf` file's tokenizer cannot be.
     shard_bytes: Bytes a file at most, unless a single tensor has more.
 
   Raises:
@@ -69,7 +72,7 @@ def save(
   taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
   if multihost_utils.broadcast_one_to_all(taken):  # Others may look when process 0 has finished.
     raise ValueError(f'{folder} exists already; choose another folder, or delete it')
-  like = None if like is None else checkpoint.read_config(pathlib.Path(like).expanduser())
+  like = None if like is None else read_config(like)
   family = _family(model, like)
   tensors = _tensors(family, model, params)
   config = _config(family, model, like, tensors)
@@ -247,7 +250,22 @@ def _write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
 def _copy_companions(like: checkpoint.Config | None, folder: pathlib.Path) -> None:
   if like is None:
     return
+  if pathlib.Path(like.path).suffix == '.gguf':
+    _write_tokenizer(pathlib.Path(like.path), folder)
+    return
   for name in COMPANIONS:
     source = pathlib.Path(like.path).with_name(name)
     if source.is_file():
       shutil.copy(source, folder / name)
+
+
+def _write_tokenizer(file: pathlib.Path, folder: pathlib.Path) -> None:
+  from memjax.models.huggingface.gguf_tokenizer import tokenizer_files
+
+  try:
+    files = tokenizer_files(file)
+  except ValueError as e:  # The weights are worth keeping all the same.
+    warnings.warn(f'no tokenizer is written beside the model: {e}', stacklevel=3)
+    return
+  for name, text in files.items():
+    (folder / name).write_text(text, encoding='utf-8')

@@ -1,5 +1,6 @@
-"""The tokenizer inside a GGUF file, as a `tokenizer.json`."""
+"""The tokenizer inside a GGUF file, as the files of a Hugging Face folder."""
 
+import json
 import pathlib
 import types
 from typing import NamedTuple
@@ -33,6 +34,26 @@ CUTS = types.MappingProxyType(
     'qwen2': Cut(WORDS.replace('{1,3}', ''), normalise=True),
   }
 )
+
+
+def tokenizer_files(path: pathlib.Path) -> dict[str, str]:
+  """Returns the files that a Hugging Face folder has of the tokenizer: name -> text.
+
+  Raises:
+    ValueError: as `tokenizer_json`.
+  """
+  text, _ = tokenizer_json(path)
+  reader = open_reader(path)
+  pieces = metadata(reader, 'tokenizer.ggml.tokens')
+  named = {
+    f'{name}_token': metadata(reader, f'tokenizer.ggml.{name}_token_id') for name in ('bos', 'eos')
+  }
+  fields = {name: pieces[i] for name, i in named.items() if i is not None}
+  template = metadata(reader, 'tokenizer.chat_template')
+  fields |= {'chat_template': template} if template else {}
+  fields |= {'tokenizer_class': 'PreTrainedTokenizerFast'}
+  config = json.dumps(fields, indent=2, ensure_ascii=False) + '\n'
+  return {'tokenizer.json': text, 'tokenizer_config.json': config}
 
 
 def tokenizer_json(path: pathlib.Path) -> tuple[str, int]:
