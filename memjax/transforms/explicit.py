@@ -27,6 +27,19 @@ def on_auto_axes(function, results_like, *args):
   return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
 
 
+def ways(leaf) -> tuple[int, ...]:
+  """Devices that each axis of a leaf is divided over, as its type tells: under Explicit axes."""
+  if not _is_explicit(leaf):
+    return (1,) * leaf.ndim
+  shard = jax.typeof(leaf).sharding.shard_shape(leaf.shape)
+  return tuple(size // part for size, part in zip(leaf.shape, shard))
+
+
+def lay_out_as(x, leaf):
+  """Shards `x`, whose axes divide as `leaf`'s do, as `leaf`, under Explicit axes only."""
+  return jax.sharding.reshard(x, jax.typeof(leaf).sharding) if _is_explicit(leaf) else x
+
+
 def lay_out_like(x, leaf):
   """Shards `x` as `leaf` on the axes whose size they share, under Explicit axes only.
 

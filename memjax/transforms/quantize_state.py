@@ -80,8 +80,9 @@ def quantize_state(
     signs: For names of the inner state beyond mu, trace, ema, nu, nu_max and sum_of_squares:
       `'signed'`, `'unsigned'`, or `'keep'` for f32. A second moment is unsigned.
     layout: `memjax.sharding.layout(...)`: says where devices divide a leaf, and blocks then divide
-      their shards. State of a mesh with smaller blocks has other shapes; a `block_size` that
-      divides every shard gives the same state on every mesh.
+      their shards. Under Explicit axes a leaf's type says so; under Auto axes nothing else does,
+      and blocks that straddle devices are communicated. State of a mesh with smaller blocks has
+      other shapes; a `block_size` that divides every shard gives the same state on every mesh.
 
   Returns:
     A transform with state `QuantizeState`.
@@ -102,11 +103,9 @@ def quantize_state(
   _check(block_size, signs)
   inner = in_float32(inner)
 
-  def ways(path, shape):
-    return (1,) * len(shape) if layout is None else layout.ways(path, shape)
-
   def cut(path, shape, blocks):
-    return _count(shape, blocks, ways(path, shape), layout is not None)
+    ways = (1,) * len(shape) if layout is None else layout.ways(path, shape)
+    return _count(shape, blocks, ways, layout is not None)
 
   def init(params):
     leaves, tree = jax.tree.flatten(inner.init(params))
@@ -116,7 +115,8 @@ def quantize_state(
     for i, (_, path, name) in belongs.items():
       leaf = leaves[i]
       if _unit_size(path, leaf) >= min_size and signs.get(name) in coders:
-        blocks = blockwise.plan(leaf.shape, block_size, bits, ways(path, leaf.shape))
+        ways = explicit.ways(leaf) if layout is None else layout.ways(path, leaf.shape)
+        blocks = blockwise.plan(leaf.shape, block_size, bits, ways)
         if blocks is not None:
           count = cut(path, leaf.shape, blocks)
           inner_leaves[i], scales[i] = _first(leaf, blocks, coders[signs[name]], count.default)
@@ -219,7 +219,7 @@ def _first(leaf, blocks, coder, count):
     return jax.tree.map(lambda x, like: x.reshape(like.shape), made, like)
 
   like = jax.tree.map(
-    lambda x: explicit.lay_out_like(jnp.zeros(x.shape, x.dtype), leaf),
+    lambda x: explicit.lay_out_as(jnp.zeros(x.shape, x.dtype), leaf),
     jax.eval_shape(quantise_slice, leaf),
   )
   return explicit.on_auto_axes(quantise, like, leaf)

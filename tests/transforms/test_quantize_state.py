@@ -228,16 +228,22 @@ def test_sharded_equals_unsharded():
   jax.tree.map(np.testing.assert_array_equal, sharded, state)
 
 
-def test_explicit_axes_keep_the_layout():
+@pytest.mark.parametrize('bits', [8, 4])
+def test_explicit_axes_keep_the_layout_and_no_block_straddles_devices(bits):
   mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
   spec = PartitionSpec(None, 'fsdp', 'tensor')
   with jax.set_mesh(mesh):
     params = {'w': jax.device_put(jnp.ones((4, 64, 256)), jax.NamedSharding(mesh, spec))}
-    optimizer = adam()
+    optimizer = adam(bits)
     state = optimizer.init(params)
-    assert state.inner.mu['w'].sharding.spec == spec
-    updates, state = jax.jit(optimizer.update)(params, state)
-    assert updates['w'].sharding.spec == state.inner.mu['w'].sharding.spec == spec
+    assert state.scales.mu['w'].shape == (4, 64, 2)  # A block is 128, all a device has of a row.
+    update = jax.jit(optimizer.update).lower(params, state).compile()
+    assert not hlo.collectives(update.as_text())
+    updates, after = update(params, state)
+  assert updates['w'].sharding.spec == spec
+  for tree in (state, after):
+    moments = jax.tree.leaves((tree.inner.mu, tree.inner.nu, tree.scales))
+    assert all(x.sharding.spec == spec for x in moments)
   np.testing.assert_allclose(updates['w'], 1.0, rtol=1e-5)
 
 
