@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from memjax import command, metrics
 from memjax import config as config_lib
-from memjax import metrics
 from memjax.train import train
 
 DEFAULT = ' '.join(
@@ -34,11 +34,11 @@ WORKDIR = flags.DEFINE_string('workdir', 'runs/compare', 'Where the runs and the
 MIB = 2**20
 
 
-def main(_):
+def main():
   logging.set_verbosity(logging.WARNING)  # Checkpointing tells every step it takes at INFO.
   directory = pathlib.Path(WORKDIR.value)
-  configs = {config_lib.run_name(spec): config_lib.load(spec) for spec in CONFIGS.value}
-  check_same_tokens(configs)
+  configs = read(CONFIGS.value)
+  check_alike(configs)
   for name, config in configs.items():
     train(config, directory / name)
   labels = shorten(list(configs))
@@ -48,14 +48,34 @@ def main(_):
   draw(rows, directory)
 
 
-def check_same_tokens(configs: dict) -> None:
-  """Refuses to compare runs that do not read the same text for equally long."""
-  fields = ('steps', 'batch_size', 'seq_len', 'seed', 'data', 'eval_tokens')
+def read(specs: list[str]) -> dict:
+  """Returns configs by the names of their runs.
+
+  Raises:
+    ValueError: for a config that cannot be loaded, or two whose runs have the same name.
+  """
+  configs = {}
+  for spec in specs:
+    name = config_lib.run_name(spec)
+    if name in configs:
+      raise ValueError(f'two configs would both run as {name!r}, one of them {spec}; drop one')
+    configs[name] = config_lib.load(spec)
+  return configs
+
+
+def check_alike(configs: dict) -> None:
+  """Refuses to compare runs of different models, or that do not read the same text equally long.
+
+  Raises:
+    ValueError: naming what differs.
+  """
+  same = ('model', 'model_args', 'load', 'task', 'data', 'eval_tokens')
+  same += ('steps', 'batch_size', 'seq_len', 'seed')
   (first, config), *others = configs.items()
   for name, other in others:
-    different = [f for f in fields if other[f] != config[f]]
+    different = [f for f in same if other[f] != config[f]]
     if different:
-      raise SystemExit(f'{first} and {name} differ in {", ".join(different)}; give them the same')
+      raise ValueError(f'{first} and {name} differ in {", ".join(different)}; give them the same')
 
 
 def shorten(names: list[str]) -> list[str]:
@@ -140,4 +160,5 @@ def draw(rows: list[dict], directory: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  traceback = flags.DEFINE_bool('traceback', False, 'Show where a refused input was found.')
+  app.run(lambda argv: command.run('compare.py', main, traceback.value))
