@@ -1,6 +1,7 @@
 """Trains a model from a config file: `python run.py --config=configs/quickstart.py`.
 
-The same command resumes. `:smoke` after the file name runs it in seconds on a CPU, and
+The same command resumes. SIGTERM saves and exits with 0; Ctrl-C saves and exits with 130, pressed
+again it exits at once. `:smoke` after the file name runs it in seconds on a CPU, and
 `--config.field=value` changes a field. On a pod, start the same command with `--distributed` on
 every host. `--plan=v5e:2x2` only says what the step needs there; `python -m memjax.plan` says more.
 `--evaluate=FOLDER` measures a run, or pretrained weights, on the test split of the config's task.
@@ -11,6 +12,8 @@ import signal
 
 # Until training starts there is nothing to save; sys.exit could be swallowed by an import.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As in the background of a script.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 # The threads of LAPACK, waiting busily between factorisations, would slow XLA's on a CPU.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 

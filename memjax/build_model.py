@@ -44,7 +44,7 @@ def run_fields(config, mesh):
 
 def model_fields(config: ConfigDict, family: type | None) -> dict:
   """Returns the fields of a model that a config changes: `model_args`, and an encoder's head."""
-  fields = config.model_args.to_dict()
+  fields = {k: v for k, v in config.model_args.to_dict().items() if v is not None}
   if family is not models.Bert:
     return fields
   fields.pop('loss_chunk', None)  # The default's: an encoder has no logits of a vocabulary.

@@ -34,10 +34,15 @@ def parser(program: str, config, optional: Callable[[], bool] = lambda: False):
 
 
 def run(program: str, main: Callable[[], None], traceback: bool = False) -> None:
-  """Calls `main`; a refused input is one sentence and exit code 1, with `traceback` an error."""
+  """Calls `main`; a refused input is one sentence and exit code 1, with `traceback` an error.
+
+  Ctrl-C gives exit code 130, as shells expect, so that a script does not go on.
+  """
   try:
     main()
-  except (ValueError, FloatingPointError) as e:
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None
+  except (ValueError, FloatingPointError, OSError) as e:
     if traceback:
       raise
     raise SystemExit(f'{program}: {e}\n(--traceback shows where this was found)') from None
@@ -50,7 +55,10 @@ def config_file() -> str:
 
 def _say_better(argv) -> str | None:
   """Our own sentence on what is wrong with a config or a field of it, if that is it."""
-  options = dict(arg.lstrip('-').partition('=')[::2] for arg in argv[1:])
+  options = {}
+  for word, after in zip(argv[1:], [*argv[2:], '']):
+    name, equals, value = word.lstrip('-').partition('=')
+    options[name] = value if equals else after  # `--name=value` or `--name value`.
   try:
     config = load(options['config']) if options.get('config') else None
     for name in options:

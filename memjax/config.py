@@ -17,15 +17,18 @@ types cannot.
 """
 
 import ast
+import dataclasses
 import os
 import pathlib
 import re
 import runpy
 import types
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-from memjax import adapters, optimizers, schedules
+from memjax import adapters, optimizers, ranges, schedules
+from memjax.models.create import FAMILIES
+from memjax.models.remat import POLICIES
 from memjax.naming import nearest
 from memjax.steps import rotations, selectors, whole_tree
 
@@ -34,24 +37,7 @@ CLIPS = ('global', 'layer')
 ROUNDINGS = ('stochastic', 'nearest', 'master', 'remainder')
 WEIGHTS = ('dense', 'int8', 'nf4')
 LOSSES = ('tokens', 'options')
-_OPEN = ('optimizer.', 'adapter.', 'model_args.')  # Fields that another table knows.
-
-# What may differ between runs that share a work directory: nothing here changes what a finished
-# step computed.
-MAY_CHANGE = (
-  'steps',
-  'log_every',
-  'eval_every',
-  'eval_tokens',
-  'checkpoint',
-  'data.cache_dir',
-  'mesh',
-  'cpu_devices',
-  'export',
-  'sample',
-  'task.test',
-  'task.test_examples',
-)
+OPEN = ('optimizer.', 'adapter.', 'model_args.')  # Fields that another table knows.
 
 
 def default() -> ConfigDict:
@@ -63,7 +49,8 @@ def default() -> ConfigDict:
   # A Hugging Face folder or a .gguf file: model and parameters are its, whatever `model` is; and so
   # is the tokenizer, unless data.tokenizer names one.
   c.load = ''
-  c.model_args = ConfigDict(dict(loss_chunk=1024))  # Fields of the model to change.
+  c.model_args = _model_args()  # Fields of the model to change; None is the model's own.
+  c.model_args.loss_chunk = 1024
   c.param_dtype = 'float32'
   # Or 'int8': the blocks' matrices in 8 bits, with step='layerwise' to save; or 'nf4', in 4 bits,
   # frozen beneath an adapter.
@@ -130,6 +117,18 @@ def default() -> ConfigDict:
 
 def _task() -> ConfigDict:
   """Returns the fields of a labelled task, which takes the place of `data.sources`."""
+def _model_args() -> ConfigDict:
+  """Returns the fields of all model families that are plain values, each None."""
+  fields = [field for family, _ in FAMILIES for field in dataclasses.fields(family)]
+  plain = {f.name: kind for f in fields for kind in (int, float, bool, str) if _takes(f, kind)}
+  del plain['remat']  # A field of the run.
+  return ConfigDict({name: config_dict.placeholder(kind) for name, kind in plain.items()})
+
+
+def _takes(field: dataclasses.Field, kind: type) -> bool:
+  return field.type in (kind, kind | None)
+
+
   c = ConfigDict()
   c.name = ''  # A key of memjax.tasks.TASKS, or 'jsonl:FILE' with a template; '' trains on text.
   # Files (.jsonl, .json, .tsv) or 'tfds:NAME@DIR'; '' is the prepared TensorFlow dataset. Without
@@ -182,12 +181,15 @@ def load(spec: str) -> ConfigDict:
   Runs the file as Python.
 
   Raises:
-    ValueError: when there is no such file, or the file refuses its arguments.
+    ValueError: when there is no such file, it is no config, or refuses its arguments.
   """
   path, _, arg = spec.partition(':')
   if not pathlib.Path(path).is_file():
     raise ValueError(f'there is no config file {path!r}')
-  c = runpy.run_path(path)['get_config'](arg)
+  found = runpy.run_path(path)
+  if 'get_config' not in found:
+    raise ValueError(f'{path} is no config file: it has no function get_config(arg)')
+  c = found['get_config'](arg)
   validate(c)
   return c.lock()
 
@@ -262,53 +264,16 @@ def validate(c: ConfigDict) -> None:
   _check_named('adapter', c.adapter.to_dict(), adapters.ADAPTERS, adapters.arguments)
   _check_step(c)
   _check_zeroth_order(c)
+  ranges.check(c)
   _check_task(c)
   selectors.check(c)
-  for field in ('steps', 'batch_size', 'accumulate', 'seq_len', 'log_every'):
-    if getattr(c, field) < 1:
-      raise ValueError(f'config.{field} is {getattr(c, field)}; it counts at least one')
-  for field in ('every', 'keep'):
-    if c.checkpoint[field] < 1:
-      raise ValueError(
-        f'config.checkpoint.{field} is {c.checkpoint[field]}; it counts at least one'
-      )
   if c.batch_size % c.accumulate:
     raise ValueError(
       f'config.batch_size {c.batch_size} is not a multiple of config.accumulate {c.accumulate}'
     )
-  if c.layer_scale <= 0:
-    raise ValueError(f'config.layer_scale is {c.layer_scale}; it is a share above zero')
-  if not 0 <= c.schedule.warmup_ratio < 1:
-    raise ValueError(f'config.schedule.warmup_ratio is {c.schedule.warmup_ratio}; it is in [0, 1)')
-  if not 0 < c.data.validation_fraction < 1:
-    raise ValueError('config.data.validation_fraction lies between 0 and 1, exclusive')
+  _look_up('remat', c.remat, POLICIES)
   for field in ('param_dtype', 'compute_dtype'):
     _look_up(field, c[field], ('float32', 'bfloat16', 'float16'))
-
-
-def check_same_run(old: dict, new: dict) -> list[str]:
-  """Compares the config of a work directory with the one that wants to continue there.
-
-  Returns:
-    Sentences about fields that differ and may.
-
-  Raises:
-    ValueError: naming the fields that differ and may not.
-  """
-  a, b = dict(_leaves(old)), dict(_leaves(new))
-  different = sorted(k for k in {*a, *b} if _plain(a.get(k)) != _plain(b.get(k)))
-  lines = [f'{k}: {a.get(k)!r} there, {b.get(k)!r} here' for k in different]
-  fatal = [
-    line
-    for k, line in zip(different, lines)
-    if k not in MAY_CHANGE and k.split('.')[0] not in MAY_CHANGE
-  ]
-  if fatal:
-    raise ValueError(
-      'the work directory belongs to another config (' + '; '.join(fatal) + '); choose another '
-      '--workdir, or delete it'
-    )
-  return lines
 
 
 def _check_step(c: ConfigDict) -> None:
@@ -456,7 +421,7 @@ def _check_fields(given: dict, known: dict, prefix: str) -> None:
   """Field names and types, for configs that were not built on `default`."""
   for name, value in given.items():
     path = f'{prefix}{name}'
-    if prefix in _OPEN:
+    if prefix in OPEN:
       continue  # Checked against the function that takes them.
     if name not in known:
       raise ValueError(f'config.{path} does not exist; {nearest(name, known)}')
@@ -466,7 +431,7 @@ def _check_fields(given: dict, known: dict, prefix: str) -> None:
       _check_fields(value, known[name], f'{path}.')
     elif not _same_type(value, known[name]):
       raise ValueError(f'config.{path} takes a {type(known[name]).__name__}, not {value!r}')
-  missing = [k for k in known if k not in given and prefix not in _OPEN]
+  missing = [k for k in known if k not in given and prefix not in OPEN]
   if missing:
     raise ValueError(f'config.{prefix}{missing[0]} is missing; start from memjax.config.default()')
 
@@ -477,15 +442,3 @@ def _same_type(value, like) -> bool:
   if isinstance(like, (tuple, list)):
     return isinstance(value, (tuple, list))
   return type(value) is type(like)
-
-
-def _leaves(tree: dict, prefix: str = ''):
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, f'{prefix}{name}.')
-    else:
-      yield f'{prefix}{name}', value
-
-
-def _plain(value):
-  return list(value) if isinstance(value, tuple) else value

@@ -80,7 +80,7 @@ def read(workdir):
   A last line without its end, as a kill leaves it, is dropped.
 
   Raises:
-    ValueError: naming a line that is not JSON.
+    ValueError: naming a line that is no object with a step.
   """
   path = pathlib.Path(workdir) / LINES
   if not path.exists():
@@ -89,9 +89,12 @@ def read(workdir):
   rows = []
   for number, line in enumerate(lines, 1):
     try:
-      rows.append(json.loads(line))
+      row = json.loads(line)
     except ValueError as error:
       raise ValueError(f'{path}, line {number} is not JSON ({error}); remove that line') from error
+    if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+      raise ValueError(f'{path}, line {number} has no step; remove that line')
+    rows.append(row)
   return rows
 
 

@@ -3,6 +3,7 @@
 On a first reading, read `train` and skip the rest: it is what the run says and writes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from memjax import build as build_lib
-from memjax import checkpoint, metrics, plan, pretrained, sharding, workdir
+from memjax import checkpoint, metrics, plan, pretrained, same_run, sharding, workdir
 from memjax import config as config_lib
 from memjax.evaluate import evaluate, place
 from memjax.models.generate import generate
@@ -29,7 +30,8 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
   """Trains until `config.steps` updates are finished, resuming what the work directory holds.
 
   A killed and resumed run gives the same bits as one that was left alone: parameters, optimizer
-  state and metrics lines. SIGTERM saves after the step under way and returns.
+  state and metrics lines. SIGTERM saves after the step under way and returns; so does the first
+  Ctrl-C, which is raised at the end, and a second one interrupts at once.
 
   Leaves in `directory`: `config.json`, `data.json`, `memory.json`, `metrics.jsonl` and TensorBoard
   events, `checkpoints/`, at the end `loss.png` and `sample.txt`, and with `config.export`
@@ -37,7 +39,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
 
   Args:
     config: See `memjax.config.default`.
-    directory: Work directory of this run; created if missing.
+    directory: Work directory of this run; created if missing. All hosts of a run share it.
     devices: Devices of the mesh; default all.
 
   Returns:
@@ -48,8 +50,8 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       is allocated.
     FloatingPointError: when a loss or gradient is not finite, naming the step.
   """
-  directory = pathlib.Path(directory)
-  with Preemption() as preemption:
+  directory = workdir.local(directory)
+  with Preemption() as preemption, contextlib.ExitStack() as held:
     # ---- What is asked for, as shapes.
     config_lib.validate(config)
     use_cpu_devices(config.cpu_devices)
@@ -61,6 +63,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     notices = workdir.prepare(directory, config)
     dataset = load_data(config, parts.model)
     selectors.check_sources(config, getattr(dataset.train, 'sources', ()))
+    held.enter_context(workdir.lock(directory))
     for notice in notices:
       say(f'[yellow]Resuming with another {escape(notice)}[/]')
     say(banner(dataset))
@@ -79,10 +82,12 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     restored = checkpoints.restore(parts.state)
     if restored is None:
       state, first = parts.init(build_lib.root_key(config, 'params')), 0
+    made = config.to_dict()  # Goes with every checkpoint, which may lose its work directory.
     else:
       state, first = restored.state, restored.step
       done = first >= config.steps
       say(f'{"Finished already" if done else "Resuming"} after step {first} of {config.steps}')
+      same_run.check(restored.metadata.get('config', made), made)
     del restored  # The step donates the state; nothing else may hold it.
 
     writer = metrics.MetricsWriter(directory, first, primary=primary)
@@ -121,7 +126,7 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       if force or finished % config.checkpoint.every == 0:
         check_finite(finished, values)  # So that what is saved can be resumed.
       with progress.pause():
-        checkpoints.maybe_save(state, finished, {}, force=force)
+        checkpoints.maybe_save(state, finished, {'config': made}, force=force)
 
     # ---- The loop.
     preemption.defer()
@@ -286,6 +291,19 @@ def load_data(config: ConfigDict, model):
 
 
 def use_cpu_devices(count: int) -> None:
-  """Splits a CPU into `count` devices, unless the environment already says into how many."""
-  if count and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  """Splits a CPU into `count` devices, unless the environment already says into how many.
+
+  Raises:
+    ValueError: when this process uses its CPU already, as another number of devices.
+  """
+  if not count or 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
+    return
+  try:
     jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError as error:  # JAX has begun.
+    found = len(jax.local_devices(backend='cpu'))
+    if found != count:
+      raise ValueError(
+        f'config.cpu_devices is {count}, but this process already uses its CPU as {found}; start '
+        'a new process'
+      ) from error

@@ -1,29 +1,70 @@
 """What a run leaves on disk beside its checkpoints, and whose it is."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
-from memjax import checkpoint
-from memjax import config as config_lib
+from memjax import checkpoint, same_run
+
+
+def local(directory) -> pathlib.Path:
+  """Returns a work directory as a path.
+
+  Raises:
+    ValueError: for the address of a bucket.
+  """
+  if '://' in os.fspath(directory):
+    raise ValueError(
+      f'the work directory {os.fspath(directory)!r} is an address; a run writes into files that '
+      'grow, so name a folder on a file system, which all hosts share, and copy it when it is done'
+    )
+  return pathlib.Path(directory).expanduser()
+
+
+@contextlib.contextmanager
+def lock(directory: pathlib.Path):
+  """Creates the work directory and keeps other runs out; process 0 does for all of a run.
+
+  The system lets go of the lock when the process ends, however it does.
+
+  Raises:
+    ValueError: when the directory cannot be written, or another run is in it.
+  """
+  checkpoint.check_writable(directory)
+  if jax.process_index() != 0:
+    yield
+    return
+  with open(directory / '.lock', 'a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(
+        f'{directory} is in use by another run; wait for its end, or choose another --workdir'
+      ) from None
+    except OSError as error:  # Some network file systems have no locks.
+      logging.warning('%s cannot be locked (%s); start no second run there', directory, error)
+    yield
 
 
 def prepare(directory: pathlib.Path, config: ConfigDict) -> list[str]:
-  """Creates the work directory, or checks that it belongs to the same run.
+  """Checks that the work directory is empty or belongs to the same run.
 
   Returns:
     A sentence for each field that differs from the earlier run's and may.
 
   Raises:
-    ValueError: when the directory cannot be written, or belongs to a run with another config.
+    ValueError: when it belongs to a run with another config.
   """
-  checkpoint.check_writable(directory)
   file = directory / 'config.json'
   if not file.exists():
     return []
-  return config_lib.check_same_run(json.loads(file.read_text()), config.to_dict())
+  return same_run.check(read_json(file), config.to_dict())
 
 
 def record(directory: pathlib.Path, config: ConfigDict, dataset) -> None:
@@ -42,9 +83,11 @@ def record(directory: pathlib.Path, config: ConfigDict, dataset) -> None:
     f'validation_{unit}': validation,
     'vocabulary': dataset.tokenizer.vocab_size,
   }
+  if hasattr(dataset, 'fingerprint'):  # Of text.
+    found['fingerprint'] = dataset.fingerprint
   if file.exists():
-    before = json.loads(file.read_text())
-    different = [k for k in found if k != 'missing' and before[k] != found[k]]
+    before = read_json(file)
+    different = [k for k in found if k != 'missing' and before.get(k, found[k]) != found[k]]
     if different:
       k = different[0]
       raise ValueError(
@@ -53,6 +96,18 @@ def record(directory: pathlib.Path, config: ConfigDict, dataset) -> None:
       )
   write_json(file, found)
   write_json(directory / 'config.json', config.to_dict())
+
+
+def read_json(file: pathlib.Path) -> dict:
+  """Reads a JSON object.
+
+  Raises:
+    ValueError: naming a file that holds something else.
+  """
+  try:
+    return dict(json.loads(file.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{file} is damaged ({error}); remove it') from error
 
 
 def write_json(file: pathlib.Path, value) -> None:

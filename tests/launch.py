@@ -176,6 +176,7 @@ def _main(moment, number, script, *flags):
         assert time.monotonic() < deadline, f'checkpoint {step} never appeared'
     os.kill(os.getpid(), int(number))
 
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # As in a terminal.
   _arm(moment, send)
   sys.argv = [script, *flags]
   runpy.run_path(script, run_name='__main__')

@@ -68,9 +68,13 @@ def test_fresh_start_empties_the_file(tmp_path):
   assert [row['step'] for row in metrics.read(tmp_path)] == [1]
 
 
-def test_torn_line_in_the_middle_is_named(tmp_path):
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-  with pytest.raises(ValueError, match='line 2 is not JSON'):
+@pytest.mark.parametrize(
+  ('line', 'said'),
+  [('{"st', 'line 2 is not JSON'), ('[2]', 'line 2 has no step'), ('{}', 'line 2 has no step')],
+)
+def test_a_bad_line_in_the_middle_is_named(tmp_path, line, said):
+  (tmp_path / 'metrics.jsonl').write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+  with pytest.raises(ValueError, match=said):
     metrics.read(tmp_path)
 
 

@@ -20,7 +20,7 @@ from memjax import config as config_lib
 from memjax import sharding
 from memjax.build import build
 from memjax.checkpoint import Checkpoints
-from memjax.train import train
+from memjax.train import train, use_cpu_devices
 
 STEPS = 16
 FLAGS = (
@@ -68,7 +68,7 @@ def ordeal(alone, cache, tmp_path_factory):
 
     go('killed', moment='step=6', send=signal.SIGKILL, WAIT_FOR_CHECKPOINT='4')
     go('killed in a save', moment='save=8', send=signal.SIGKILL)
-    go('stopped in an evaluation', moment='evaluate=12')
+    go('interrupted in an evaluation', moment='evaluate=12', send=signal.SIGINT)
     go('stopped', moment='step=14')
     damage(workdir / 'checkpoints' / '14')
     go('finished')
@@ -125,15 +125,19 @@ def test_killed_while_a_checkpoint_is_written_leaves_the_one_before(ordeal, alon
   killed = starts['killed in a save']
   assert killed.code == -signal.SIGKILL
   assert killed.checkpoints in ([4], [4, 8])
-  assert f'Resuming after step {killed.checkpoints[-1]}' in starts['stopped in an evaluation'].out
+  assert (
+    f'Resuming after step {killed.checkpoints[-1]}' in starts['interrupted in an evaluation'].out
+  )
   for step in (4, 8, 12, STEPS):
     assert launch.digests(workdir, step) == launch.digests(alone, step)
 
 
-def test_sigterm_in_an_evaluation_gives_it_up_and_the_resumed_run_begins_with_it(ordeal):
+def test_ctrl_c_in_an_evaluation_gives_it_up_and_the_resumed_run_begins_with_it(ordeal):
   _, starts = ordeal
-  stopped = starts['stopped in an evaluation']
-  assert stopped.code == 0, stopped.err
+  stopped = starts['interrupted in an evaluation']
+  assert stopped.code == 130, stopped.err
+  assert 'Ctrl-C again stops at once' in stopped.err
+  assert 'Traceback' not in stopped.err
   assert stopped.checkpoints[-1] == 12
   assert stopped.lines[-1]['step'] == 12
   assert 'train/loss' in stopped.lines[-1]
@@ -168,10 +172,20 @@ def test_a_finished_run_says_so_and_trains_no_further(ordeal):
   assert again.lines == starts['finished'].lines
 
 
-@pytest.mark.parametrize('moment', ['import', 'data', 'compile'])
-def test_sigterm_before_there_is_anything_to_save_exits_0(moment, tmp_path, cache):
-  done = launch.run(tmp_path / 'run', moment=moment, cache=cache)
-  assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+  ('moment', 'send', 'code'),
+  [
+    ('import', signal.SIGTERM, 0),
+    ('data', signal.SIGTERM, 0),
+    ('compile', signal.SIGTERM, 0),
+    ('import', signal.SIGINT, 130),
+  ],
+)
+def test_a_signal_before_there_is_anything_to_save_ends_at_once(
+  moment, send, code, tmp_path, cache
+):
+  done = launch.run(tmp_path / 'run', moment=moment, send=send, cache=cache)
+  assert done.returncode == code, done.stderr
   assert 'Traceback' not in done.stderr
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
@@ -314,7 +328,7 @@ def change(**fields):
     ('adamw', change(model='llama_tny'), 'llama_tiny'),
     ('adamw', change(data__sources=('txt:x',)), "unknown scheme 'txt'; the nearest is 'text'"),
     ('adamw', change(data__sources=('text:/nowhere/*',)), 'no file matches /nowhere'),
-    ('adamw', change(model_args={'vocab': 128}), '128'),
+    ('adamw', change(model_args={'vocab': 128}), r'config.model_args.vocab to at least 257'),
   ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_allocated(
@@ -331,6 +345,14 @@ def test_what_cannot_work_is_refused_before_anything_is_allocated(
   assert sum(x.nbytes for x in new) < 64  # Random keys.
   assert not (tmp_path / 'run' / 'checkpoints').exists()
   assert not (tmp_path / 'run' / 'config.json').exists()  # Another config may still have it.
+
+
+def test_another_number_of_cpu_devices_is_refused_in_a_process_that_has_some():
+  use_cpu_devices(len(jax.devices()))
+  with pytest.raises(
+    ValueError, match='cpu_devices is 3, but this process already uses its CPU as'
+  ):
+    use_cpu_devices(3)
 
 
 def test_an_empty_corpus_is_refused(tmp_path):
@@ -353,6 +375,14 @@ def test_the_work_directory_of_another_config_is_refused(alone):
   c.optimizer.refresh_every, c.optimizer.rank = 3, 4
   with pytest.raises(ValueError, match=r'optimizer.rank: 8 there, 4 here.*another --workdir'):
     train(c, alone)
+
+
+def test_checkpoints_of_another_config_are_refused_without_its_file(alone, tmp_path):
+  shutil.copytree(alone / 'checkpoints', tmp_path / 'checkpoints')
+  c = in_process('galore', steps=STEPS)
+  c.optimizer.refresh_every, c.optimizer.learning_rate = 3, 0.5
+  with pytest.raises(ValueError, match=r'optimizer.learning_rate: 0.01 there, 0.5 here'):
+    train(c, tmp_path, devices=jax.devices()[:1])
 
 
 def test_the_work_directory_of_other_data_is_refused(alone, tmp_path):

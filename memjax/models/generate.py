@@ -23,7 +23,8 @@ def generate(
   """Continues prompts by sampling, as one compiled program.
 
   Runs the whole sequence through the model for every new token: `length (P + length)` tokens of
-  work a prompt, fine for looking at samples and slow for serving. There is no key-value cache yet.
+  work a prompt, and no more memory than a forward pass. `memjax.models.decode` keeps keys and
+  values instead, and runs each token once.
 
   Args:
     model: A model with `hidden_states` and `head_logits`, such as `memjax.models.Llama`.
