@@ -62,6 +62,7 @@ from memjax.transforms import scale_by_apollo_mini as scale_by_apollo_mini
 from memjax.transforms import scale_by_came as scale_by_came
 from memjax.transforms import scale_by_fira as scale_by_fira
 from memjax.transforms import scale_by_galore as scale_by_galore
+from memjax.transforms import scale_by_galore_adafactor as scale_by_galore_adafactor
 from memjax.transforms import scale_by_golore as scale_by_golore
 from memjax.transforms import scale_by_muon as scale_by_muon
 from memjax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
@@ -99,10 +100,14 @@ _SUBMODULES = (
 _FUNCTIONS = {  # Name -> submodule that holds it.
   'adam4bit': 'optimizers',
   'adamw8bit': 'optimizers',
+  'apollo_mini8bit': 'optimizers',
   'galore8bit': 'optimizers',
+  'lion': 'optimizers',
   'lion8bit': 'optimizers',
   'plan_step': 'plan',
-  'replay': 'steps.zeroth_order',
+  'q_galore8bit': 'optimizers',
+  'replay': 'steps.replay',
+  'replay_run': 'from_log',
 }
 
 

@@ -7,10 +7,16 @@ from memjax.optimizers.masks import decays
 from memjax.transforms.float32 import in_float32
 
 
-def adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-  """Adam with decoupled weight decay on matrices (Loshchilov and Hutter, 2019)."""
+def adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, state_dtype='float32'):
+  """Adam with decoupled weight decay on matrices (Loshchilov and Hutter, 2019).
+
+  `state_dtype='bfloat16'` halves its state, rounded stochastically; see `memjax.round_state`.
+  """
+  if state_dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"state_dtype must be 'float32' or 'bfloat16', got {state_dtype!r}")
+  moments = optax.scale_by_adam(b1, b2, eps)
   steps = optax.chain(
-    optax.scale_by_adam(b1, b2, eps),
+    moments if state_dtype == 'float32' else transforms.round_state(moments),
     optax.add_decayed_weights(weight_decay, decays),
     optax.scale_by_learning_rate(learning_rate),
   )

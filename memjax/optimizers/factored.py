@@ -13,8 +13,15 @@ def adafactor(
   scale_by_parameter=True,
   momentum=0.0,
   weight_decay=0.0,
+  relative_step=False,
 ):
-  """Adafactor (Shazeer and Stern, 2018); see `memjax.adafactor`. No momentum if it is 0."""
+  """Adafactor (Shazeer and Stern, 2018); see `memjax.adafactor`. No momentum if it is 0.
+
+  `relative_step` multiplies the learning rate by the paper's, the inverse root of the update's
+  number and 0.01 at most: a constant 1 then gives the paper's.
+  """
+  if relative_step:
+    learning_rate = _times(learning_rate, transforms.relative_step())
   return transforms.adafactor(
     learning_rate,
     decay_rate=decay_rate,
@@ -25,6 +32,11 @@ def adafactor(
     weight_decay=weight_decay,
     mask=decays,
   )
+
+
+def _times(learning_rate, schedule):
+  rate = learning_rate if callable(learning_rate) else lambda count: learning_rate
+  return lambda count: rate(count) * schedule(count)
 
 
 def came(

@@ -26,6 +26,9 @@ from memjax.transforms.fira import scale_by_fira as scale_by_fira
 from memjax.transforms.galore import galore as galore
 from memjax.transforms.galore import scale_by_galore as scale_by_galore
 from memjax.transforms.galore_adafactor import galore_adafactor as galore_adafactor
+from memjax.transforms.galore_adafactor import (
+  scale_by_galore_adafactor as scale_by_galore_adafactor,
+)
 from memjax.transforms.golore import golore as golore
 from memjax.transforms.golore import scale_by_golore as scale_by_golore
 from memjax.transforms.intervals import fixed as fixed

@@ -24,6 +24,7 @@ def scale_by_fira(
   basis: Basis | None = None,
   scale: float = 0.25,
   growth: float = 1.01,
+  removed: float = 1.0,
   moments: Literal['keep', 'rotate'] = 'keep',
   stagger: bool = True,
   targets: Targets = None,
@@ -53,6 +54,9 @@ def scale_by_fira(
     basis: How bases are found; `subspace_iteration()` if None, `svd()` as published.
     scale: Factor on the part within the subspace.
     growth: Largest ratio of the norms of successive second parts; see `limit_norm_growth`.
+    removed: Share of `P R` that the second part lacks: 1 leaves the complement of the subspace. The
+      official code removes `scale` of it, so that `1 - scale` of the gradient within the subspace
+      counts once more.
     moments: `'keep'` as published, or `'rotate'`; see `project`.
     stagger: False refreshes all bases in the same update, as published.
     targets: `default_targets` if None; see `project`.
@@ -80,7 +84,7 @@ def scale_by_fira(
     stagger=stagger,
     targets=default_targets if targets is None else targets,
     layout=layout,
-    lift=residual(limit_norm_growth(growth)),
+    lift=residual(limit_norm_growth(growth), removed),
     seed=seed,
   )
 
@@ -97,6 +101,7 @@ def fira(
   basis: Basis | None = None,
   scale: float = 0.25,
   growth: float = 1.01,
+  removed: float = 1.0,
   moments: Literal['keep', 'rotate'] = 'keep',
   stagger: bool = True,
   targets: Targets = None,
@@ -118,6 +123,7 @@ def fira(
     basis: How bases are found.
     scale: Factor on the part within the subspace.
     growth: Largest ratio of the norms of successive second parts.
+    removed: Share of `P R` that the second part lacks.
     moments: `'keep'` or `'rotate'`.
     stagger: False refreshes all bases in the same update.
     targets: Leaves to project.
@@ -143,6 +149,7 @@ def fira(
       basis=basis,
       scale=scale,
       growth=growth,
+      removed=removed,
       moments=moments,
       stagger=stagger,
       targets=targets,

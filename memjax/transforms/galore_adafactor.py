@@ -12,8 +12,7 @@ from memjax.transforms.project import project
 from memjax.transforms.targets import Rank, Targets, default_targets
 
 
-def galore_adafactor(
-  learning_rate: optax.ScalarOrSchedule,
+def scale_by_galore_adafactor(
   rank: Rank,
   *,
   decay_rate: float = 0.8,
@@ -29,14 +28,70 @@ def galore_adafactor(
   targets: Targets = None,
   layout: Callable[[str, jax.Array], jax.Array] | None = None,
   seed: int = 0,
-  weight_decay: float = 0.0,
-  mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adafactor without parameter scale, in a rank-`r` subspace for the layers' matrices.
 
   A matrix keeps `r a + r + c` f32 numbers, `a` its shorter and `c` its longer side: its basis, and
   the rows and columns of its projected gradient; `r c` more with momentum. Other leaves get plain
   Adafactor.
+
+  Args:
+    rank: Subspace dimension `r`, or a function of (path, leaf).
+    decay_rate: As `scale_by_adafactor`.
+    min_dim_size_to_factor: As `scale_by_adafactor`, of the projected gradient.
+    clipping_threshold: Largest RMS of a unit's projected update.
+    momentum: Decay of an average of the projected updates; None has none.
+    eps: As `scale_by_adafactor`.
+    side: As `project`.
+    refresh_every: As `project`.
+    basis: As `project`.
+    scale: Factor on the updates of projected leaves.
+    stagger: As `project`.
+    targets: `default_targets` if None; see `project`.
+    layout: As `project`.
+    seed: As `project`.
+
+  Returns:
+    A transform with state `ProjectState`.
+
+  Raises:
+    ValueError: as `project`.
+
+  References:
+    Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
+    <https://arxiv.org/abs/2403.03507>`_, 2024
+  """
+  inner = scale_by_adafactor(
+    decay_rate=decay_rate,
+    min_dim_size_to_factor=min_dim_size_to_factor,
+    clipping_threshold=clipping_threshold,
+    eps=eps,
+  )
+  if momentum is not None:
+    inner = optax.chain(inner, optax.ema(momentum, debias=False))
+  return project(
+    inner,
+    rank,
+    side=side,
+    refresh_every=refresh_every,
+    basis=basis,
+    scale=scale,
+    stagger=stagger,
+    targets=default_targets if targets is None else targets,
+    layout=layout,
+    seed=seed,
+  )
+
+
+def galore_adafactor(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Rank,
+  *,
+  weight_decay: float = 0.0,
+  mask: Any = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """GaLore with Adafactor and decoupled weight decay.
 
   Example:
     >>> import jax.numpy as jnp
@@ -54,55 +109,19 @@ def galore_adafactor(
 
   Args:
     learning_rate: A number or an optax schedule.
-    rank: Subspace dimension `r`, or a function of (path, leaf).
-    decay_rate: As `scale_by_adafactor`.
-    min_dim_size_to_factor: As `scale_by_adafactor`, of the projected gradient.
-    clipping_threshold: Largest RMS of a unit's projected update.
-    momentum: Decay of an average of the projected updates; None has none.
-    eps: As `scale_by_adafactor`.
-    side: As `project`.
-    refresh_every: As `project`.
-    basis: As `project`.
-    scale: Factor on the updates of projected leaves.
-    stagger: As `project`.
-    targets: `default_targets` if None; see `project`.
-    layout: As `project`.
-    seed: As `project`.
+    rank: As `scale_by_galore_adafactor`.
     weight_decay: Decoupled decay, times the learning rate and not times `scale`.
     mask: Leaves to decay, as in `optax.adamw`.
+    **options: As `scale_by_galore_adafactor`.
 
   Returns:
     A transform that yields updates to be added to the parameters.
 
   Raises:
-    ValueError: as `project`.
-
-  References:
-    Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
-    <https://arxiv.org/abs/2403.03507>`_, 2024
+    ValueError: as `scale_by_galore_adafactor`.
   """
-  inner = scale_by_adafactor(
-    decay_rate=decay_rate,
-    min_dim_size_to_factor=min_dim_size_to_factor,
-    clipping_threshold=clipping_threshold,
-    eps=eps,
-  )
-  if momentum is not None:
-    inner = optax.chain(inner, optax.ema(momentum, debias=False))
-  projected = project(
-    inner,
-    rank,
-    side=side,
-    refresh_every=refresh_every,
-    basis=basis,
-    scale=scale,
-    stagger=stagger,
-    targets=default_targets if targets is None else targets,
-    layout=layout,
-    seed=seed,
-  )
   return optax.chain(
-    projected,
+    scale_by_galore_adafactor(rank, **options),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import memjax
-from memjax import optimizers
+from memjax import compat, optimizers
 from tests.transforms import golden
 
 # From optax 0.2.8 and from the official packages run in NumPy: update -> the row of
@@ -32,6 +32,14 @@ GOLDEN = {
     {
       1: (0.0699472, -0.0790035, -0.025812, 0.0400000, 0.008209),
       100: (0.0834365, -0.1254566, 0.209614, 0.0321329, 0.194048),
+    },
+  ),
+  'adafactor_transformers': (
+    lambda: compat.adafactor(1e-2, relative_step=False, beta1=0.9, weight_decay=0.1),
+    {
+      1: (0.0840384, -0.0904678, None, None, None),
+      10: (0.0807766, -0.0885097, None, None, None),
+      100: (0.0805187, -0.0894085, None, None, None),
     },
   ),
   'adalomo': (lambda: memjax.adalomo(1e-2), ADAFACTOR),
@@ -159,9 +167,11 @@ def test_adafactor_decays_by_the_learning_rate_and_a_schedule_acts_at_once():
 
 def test_without_a_learning_rate_adafactor_takes_the_papers():
   given = memjax.adafactor(lambda count: jnp.minimum(0.01, (count + 1.0) ** -0.5))
-  np.testing.assert_allclose(
-    golden.trajectory(memjax.adafactor(), 3), golden.trajectory(given, 3), rtol=1e-6
-  )
+  config = optimizers.OPTIMIZERS['adafactor'](1.0, relative_step=True, min_dim_size_to_factor=128)
+  for optimizer in (memjax.adafactor(), config):
+    np.testing.assert_allclose(
+      golden.trajectory(optimizer, 3), golden.trajectory(given, 3), rtol=1e-6
+    )
 
 
 def test_a_decay_offset_after_a_fresh_start_gives_no_nan():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from memjax import transforms
+from memjax import optimizers, transforms
 from memjax.transforms import intervals, lifts, storage
 from memjax.transforms.targets import Plan
 
@@ -280,6 +280,29 @@ class TestLazy:
 def test_choices_at_odds_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     transforms.project(optax.identity(), 2, **options)
+
+
+def test_fira_can_leave_a_share_of_the_projection_in_the_rest():
+  gradient = {'w': jnp.asarray(np.random.default_rng(0).standard_normal((6, 9)), jnp.float32)}
+
+  @jax.jit
+  def first(gradient):
+    made = [
+      transforms.scale_by_fira(2, basis=transforms.svd(), growth=1e9, removed=removed)
+      for removed in (0.0, 0.25, 1.0)
+    ]
+    return [each.update(gradient, each.init(gradient))[0]['w'] for each in made]
+
+  none, quarter, all_ = first(gradient)
+  np.testing.assert_allclose(quarter, 0.75 * none + 0.25 * all_, atol=1e-5)
+  assert np.linalg.matrix_rank(np.asarray(none - all_), rtol=1e-4) == 2
+
+
+@pytest.mark.parametrize('name', ['golore', 'fira', 'q_galore', 'q_galore8bit'])
+def test_a_config_cannot_ask_for_a_basis_that_is_not_kept(name):
+  arguments = {'random_after': 10} if name == 'golore' else {}
+  with pytest.raises(ValueError, match='drawn anew'):
+    optimizers.OPTIMIZERS[name](1e-3, rank=2, basis='random', **arguments)
 
 
 def test_factors_are_shared_by_channels_or_tensors():
