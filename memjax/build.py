@@ -210,7 +210,7 @@ def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
     'params': placed,
     'opt': {name: of_state(name) for name in trained},
   }
-  key = _rounding_key(config)
+  key = rounding_key(config)
   step = hybrid.make_train_step(model, estimator, transform, rounding_key=key, shardings=shardings)
   inits = {'estimated': estimator.init, 'exact': transform.init}
   step = adapters.over_time(step, adapter, root_key(config, 'adapter'), inits)
@@ -250,7 +250,7 @@ def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Metho
     build_transform(config, schedule),
     dense(family, o['seed']),
     o['eps'],
-    rounding_key=_rounding_key(config),
+    rounding_key=rounding_key(config),
   )
 
 
@@ -328,7 +328,8 @@ def _store(config):
   return {'int8': weights.quantise, 'nf4': weights.quantise_nf4}.get(config.weights)
 
 
-def _rounding_key(config):
+def rounding_key(config: ConfigDict) -> jax.Array | None:
+  """Returns the root key of the stochastic rounding of a run, None if it rounds to nearest."""
   return root_key(config, 'rounding') if config.rounding == 'stochastic' else None
 
 
@@ -337,7 +338,7 @@ def _options(config):
     accumulate=config.accumulate,
     clip_norm=config.clip_norm or None,
     clip_by=config.clip_by,
-    rounding_key=_rounding_key(config),
+    rounding_key=rounding_key(config),
   )
 
 

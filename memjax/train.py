@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from memjax import build as build_lib
-from memjax import checkpoint, metrics, plan, pretrained, same_run, sharding, workdir
+from memjax import checkpoint, estimators, metrics, plan, pretrained, same_run, sharding, workdir
 from memjax import config as config_lib
 from memjax.evaluate import evaluate, place
 from memjax.models.generate import generate
 from memjax.preemption import Preemption
 from memjax.steps import selectors
+
+SKIPS = 100  # Steps in a row without a finite loss, where a step skips them, that end a run.
 
 
 def train(config: ConfigDict, directory, *, devices=None) -> dict:
@@ -34,8 +36,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
   Ctrl-C, which is raised at the end, and a second one interrupts at once.
 
   Leaves in `directory`: `config.json`, `data.json`, `memory.json`, `metrics.jsonl` and TensorBoard
-  events, `checkpoints/`, at the end `loss.png` and `sample.txt`, and with `config.export`
-  a folder `model-STEP` that `transformers` and `memjax.models.load` read.
+  events, `checkpoints/`, with `optimizer.log_steps` the `log.npz` that `memjax.replay_run` reads,
+  at the end `loss.png` and `sample.txt`, and with `config.export` a folder `model-STEP` that
+  `transformers` and `memjax.models.load` read.
 
   Args:
     config: See `memjax.config.default`.
@@ -60,10 +63,10 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     primary = jax.process_index() == 0
     say = Console(quiet=not primary, highlight=False, soft_wrap=True).print
     say(describe(config, parts, mesh))
+    held.enter_context(workdir.lock(directory))
     notices = workdir.prepare(directory, config)
     dataset = load_data(config, parts.model)
     selectors.check_sources(config, getattr(dataset.train, 'sources', ()))
-    held.enter_context(workdir.lock(directory))
     for notice in notices:
       say(f'[yellow]Resuming with another {escape(notice)}[/]')
     say(banner(dataset))
@@ -79,15 +82,15 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     # ---- A fresh state, or the newest sound checkpoint; nothing was allocated before.
     intervals = {k: v or None for k, v in config.checkpoint.to_dict().items()}
     checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', **intervals)
+    made = config.to_dict()  # Goes with every checkpoint, which may lose its work directory.
     restored = checkpoints.restore(parts.state)
     if restored is None:
       state, first = parts.init(build_lib.root_key(config, 'params')), 0
-    made = config.to_dict()  # Goes with every checkpoint, which may lose its work directory.
     else:
+      same_run.check(restored.metadata.get('config', made), made)
       state, first = restored.state, restored.step
       done = first >= config.steps
       say(f'{"Finished already" if done else "Resuming"} after step {first} of {config.steps}')
-      same_run.check(restored.metadata.get('config', made), made)
     del restored  # The step donates the state; nothing else may hold it.
 
     writer = metrics.MetricsWriter(directory, first, primary=primary)
@@ -126,7 +129,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
       if force or finished % config.checkpoint.every == 0:
         check_finite(finished, values)  # So that what is saved can be resumed.
       with progress.pause():
-        checkpoints.maybe_save(state, finished, {'config': made}, force=force)
+        saved = checkpoints.maybe_save(state, finished, {'config': made}, force=force)
+      if saved and primary and config.optimizer.get('log_steps'):
+        estimators.save_log(directory / 'log.npz', estimators.find_log(state['opt']))
 
     # ---- The loop.
     preemption.defer()
@@ -210,8 +215,14 @@ def log(finished: int, values: dict, schedule, writer, progress) -> None:
 
 
 def check_finite(finished: int, values: dict) -> None:
-  """Raises a `FloatingPointError` unless the step's loss and gradient are finite; waits for it."""
-  for name, value in jax.device_get(values).items():
+  """Raises a `FloatingPointError` unless the step's loss and gradient are finite; waits for it.
+
+  A step that was skipped for that, and counted, has harmed nothing; `SKIPS` in a row have no end.
+  """
+  values = jax.device_get(values)
+  if 0 < values.get('zo/skipped_in_a_row', 0) < SKIPS:
+    return
+  for name, value in values.items():
     if not np.isfinite(value):
       raise FloatingPointError(
         f'{name} is {value} after step {finished}; the checkpoints before it are sound. Try a '

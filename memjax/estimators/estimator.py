@@ -19,7 +19,6 @@ from memjax.naming import nearest
 
 MEASURES = ('two_sided', 'one_sided', 'forward')
 FORMS = ('arrays', 'weights')
-_RESOLUTION = 2.0**-24  # Half a unit in the last place of f32.
 FORGET = 0.99  # Of the running mean and square of slopes, which diagnostics read.
 
 
@@ -33,7 +32,7 @@ class EstimatorState(NamedTuple):
   value: jax.Array  # f32[], mean of the values of the last estimate that was not skipped.
   slopes: jax.Array  # f32[n, G], of the last estimate; zeros if it was skipped.
   moments: jax.Array  # f32[2], running mean of the slopes and of their squares.
-  signal: jax.Array  # f32[], difference of two values over the resolution of their mean in f32.
+  difference: jax.Array  # f32[], root mean square of differences of its values; 0 if skipped.
   # None where W is 0: an array without numbers is one that no checkpoint can hold.
   history: Any  # f32[W, n, G], slopes of the last W that were not skipped, the newest last.
   numbers: Any  # i32[W], their numbers.
@@ -107,8 +106,9 @@ def estimator(
     window: Estimates `W` whose slopes are remembered, for directions that read them.
 
   Raises:
-    ValueError: here for an argument out of range; by `update` without `value_fn`, or with one that
-      does not return a scalar.
+    ValueError: here for an argument out of range; by `init` for leaves that are not floating-point
+      numbers, naming one; by `update` without `value_fn`, or with one that does not return a
+      scalar.
   """
   _check(eps, samples, measure, form)
 
@@ -124,7 +124,7 @@ def estimator(
       value=jnp.full((), jnp.nan, dtype),
       slopes=jnp.zeros((samples, leaves.groups), dtype),
       moments=jnp.zeros(2, dtype),
-      signal=jnp.zeros((), dtype),
+      difference=jnp.zeros((), dtype),
       history=jnp.zeros((window, samples, leaves.groups), dtype) if window else None,
       numbers=jnp.full(window, -1, jnp.int32) if window else None,
       basis={name: leaves.tree(parts) for name, parts in basis.items()},
@@ -193,8 +193,7 @@ def estimator(
     finite = jnp.all(jnp.isfinite(slopes)) & ((value is state.value) | jnp.isfinite(value))
     keep = lambda new, old: jnp.where(finite, new, old)
     seen = jnp.stack([jnp.mean(slopes), jnp.mean(slopes**2)])
-    span = 2 * eps if measure == 'two_sided' else eps
-    resolution = _RESOLUTION * jnp.abs(value)
+    span = {'two_sided': 2 * eps, 'one_sided': eps, 'forward': 0.0}[measure]
     return EstimatorState(
       count=state.count + 1,
       skipped=state.skipped + jnp.where(finite, 0, 1),
@@ -203,7 +202,7 @@ def estimator(
       value=keep(value, state.value),
       slopes=keep(slopes, jnp.zeros_like(slopes)),
       moments=keep(FORGET * state.moments + (1 - FORGET) * seen, state.moments),
-      signal=keep(span * jnp.sqrt(seen[1]) / resolution, state.signal),
+      difference=keep(span * jnp.sqrt(seen[1]), 0.0),
       history=keep(_push(state.history, slopes), state.history) if window else None,
       numbers=keep(_push(state.numbers, state.count), state.numbers) if window else None,
       basis={name: leaves.tree(parts) for name, parts in basis.items()},
@@ -342,13 +341,19 @@ def _best(evaluate, rate, slopes):
   """The slopes, their negatives or zeros, whichever update leads to the lowest value."""
   signs = jnp.array([0.0, 1.0, -1.0], slopes.dtype)  # The first of equals: to stay.
   values = lax.map(lambda sign: evaluate((-sign * rate * slopes[0]).astype(slopes.dtype)), signs)
-  return signs[jnp.argmin(values)] * slopes
+  # The least of numbers with NaN among them would be NaN.
+  return signs[jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))] * slopes
 
 
 _MEASURE = {'two_sided': _two_sided, 'one_sided': _one_sided, 'forward': _forward}
 
 
 def _scalar(value):
+  if not jax.tree_util.all_leaves([value]):
+    raise ValueError(
+      f'value_fn returned a {type(value).__name__}; an estimator compares single numbers: return '
+      'the loss alone'
+    )
   if jnp.shape(value) != ():
     raise ValueError(
       f'value_fn returned an array of shape {jnp.shape(value)}; an estimator compares single '

@@ -74,26 +74,40 @@ def describe(
 
   Args:
     params: Tree of arrays or `memjax.weights.Weight`s.
-    stack: First key of the stacked leaves.
+    stack: First key of the stacked leaves. A list of layers under it is no stack, nor are layers
+      whose keys are numbers: `blocks/0/kernel` is a leaf like any other.
     blockwise: Whether each layer and each other first key is a group of its own.
     targets: Says of a path whether the leaf is trained; None is all.
     layer: The layer that stacked leaves hold, `[1, ...]`; None if they hold all.
 
   Raises:
-    ValueError: if no leaf is trained.
+    ValueError: if no leaf is trained; for one that is and holds no floating-point numbers; if
+      leaves are stacked over different numbers of layers, each of which is to be a group.
   """
   named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=weights.is_weight)
-  leaves, values, groups, first = [], [], {}, 0
+  leaves, values, groups, counts, first = [], [], {}, {}, 0
   for path, value in named:
     path = path_string(path)
-    top = path.split('/')[0]
+    top, _, below = path.partition('/')
+    value = value if hasattr(value, 'shape') or weights.is_weight(value) else jnp.asarray(value)
     shape, dtype = _shape(value)
     layers = None
-    if top == stack and len(shape):
+    if top == stack and len(shape) and not below.partition('/')[0].isdigit():
       layers = jnp.arange(shape[0]) if layer is None else layer.index[None]
     count = 1 if layers is None else shape[0] if layer is None else layer.count
+    trained = targets is None or bool(targets(path))
+    if trained and not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f'{path}: {dtype} cannot be perturbed by a little; leave it out with `targets`, or keep '
+        'what is not trained out of the parameters'
+      )
     if top not in groups:
-      groups[top], first = first, first + count
+      groups[top], counts[top], first = first, count, first + count
+    if blockwise and count != counts[top]:
+      raise ValueError(
+        f'{path}: {count} layers, but leaves before it under {top!r} have {counts[top]}; blockwise '
+        'perturbs one layer of them all at a time, so stack as many in each'
+      )
     leaves.append(
       Leaf(
         path,
@@ -102,7 +116,7 @@ def describe(
         layers,
         group=groups[top] if blockwise else 0,
         grouped=blockwise and layers is not None,
-        trained=targets is None or bool(targets(path)),
+        trained=trained,
       )
     )
     values.append(value)

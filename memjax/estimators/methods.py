@@ -4,7 +4,9 @@ All are chains that a notebook can write itself; `update(_, state, params, value
 """
 
 import functools
+import operator
 
+import jax
 import optax
 
 from memjax.estimators import low_rank
@@ -13,11 +15,18 @@ from memjax.estimators.log import record
 from memjax.estimators.noise import family
 from memjax.estimators.recomputed import scale_by_recomputed_adam
 from memjax.estimators.spsa import dense, forward_gradient, spsa
+from memjax.naming import path_string
 from memjax.transforms.float32 import in_float32
 
 
 def chain(
-  learning_rate, estimate, *rule, weight_decay: float = 0.0, mask=None, log_steps: int = 0
+  learning_rate,
+  estimate,
+  *rule,
+  weight_decay: float = 0.0,
+  mask=None,
+  targets=None,
+  log_steps: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """Returns an estimator, a rule, decay and the learning rate, with a log if asked for.
 
@@ -27,8 +36,10 @@ def chain(
     *rule: Transforms of what it hands on.
     weight_decay: Added to the rule's result times the parameters, before the learning rate.
     mask: Of the leaves that decay, as in `optax.add_decayed_weights`.
+    targets: That of the estimator, whose other leaves do not decay either.
     log_steps: Steps that the log has room for, see `memjax.estimators.record`; 0 keeps none.
   """
+  mask = mask if targets is None else _mask_of_targets(mask, targets)
   decay = [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
   steps = optax.chain(
     estimate,
@@ -75,7 +86,7 @@ def mezo(
     <https://arxiv.org/abs/2305.17333>`_, 2023
   """
   rule = [] if momentum is None else [optax.trace(momentum)]
-  rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps)
+  rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps, **_targets(options))
   return chain(learning_rate, spsa(eps, **options), *rule, **rest)
 
 
@@ -114,7 +125,7 @@ def zo_adam(
     Benchmark <https://arxiv.org/abs/2402.11592>`_, 2024
   """
   adam = optax.scale_by_adam(b1, b2, adam_eps)
-  rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps)
+  rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps, **_targets(options))
   return chain(learning_rate, spsa(eps, **options), adam, **rest)
 
 
@@ -153,7 +164,7 @@ def zo_sgd_conservative(
   Args:
     learning_rate: A number or a schedule.
     eps: As in `spsa`.
-    noise: As in `spsa`; not `'sphere'`.
+    noise: As in `spsa`.
     log_steps: As in `chain`.
     targets: As in `spsa`.
     form: As in `spsa`.
@@ -169,13 +180,13 @@ def zo_sgd_conservative(
 
 def forward_descent(learning_rate, *, weight_decay=0.0, mask=None, log_steps=0, **options):
   """Descent by `forward_gradient`."""
-  rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps)
+  rest = dict(weight_decay=weight_decay, mask=mask, log_steps=log_steps, **_targets(options))
   return chain(learning_rate, forward_gradient(**options), **rest)
 
 
 def lozo(learning_rate, rank: int = 2, eps: float = 1e-3, *, momentum=None, **options):
   """LOZO, and LOZO-M with `momentum`; see `memjax.estimators.lozo`."""
-  rest = {k: options.pop(k) for k in ('weight_decay', 'mask', 'log_steps') if k in options}
+  rest = _of_chain(options)
   estimate = low_rank.lozo(rank, eps, momentum=momentum, **options)
   return chain(learning_rate, estimate, **rest)
 
@@ -185,5 +196,26 @@ lozo_m = functools.partial(lozo, momentum=0.9)
 
 def subzero(learning_rate, rank: int = 8, eps: float = 1e-3, **options):
   """SubZero; see `memjax.estimators.subzero`."""
-  rest = {k: options.pop(k) for k in ('weight_decay', 'mask', 'log_steps') if k in options}
+  rest = _of_chain(options)
   return chain(learning_rate, low_rank.subzero(rank, eps, **options), **rest)
+
+
+def _of_chain(options):
+  """Takes out of an estimator's options those of the chain."""
+  rest = {k: options.pop(k) for k in ('weight_decay', 'mask', 'log_steps') if k in options}
+  return rest | _targets(options)
+
+
+def _targets(options):
+  return {'targets': options.get('targets')}
+
+
+def _mask_of_targets(mask, targets):
+  """The leaves of `mask`, or all, that `targets` chooses."""
+
+  def choose(params):
+    ours = jax.tree.map_with_path(lambda path, _: bool(targets(path_string(path))), params)
+    chosen = mask(params) if callable(mask) else mask
+    return ours if chosen is None else jax.tree.map(operator.and_, chosen, ours)
+
+  return choose

@@ -45,7 +45,7 @@ def scale_by_recomputed_adam(
     adam_eps: Added to the root of the second moment.
     samples: As in `spsa`.
     sides: As in `spsa`.
-    noise: As in `spsa`; not `'sphere'`.
+    noise: As in `spsa`.
     targets: As in `spsa`.
     form: As in `spsa`.
     seed: As in `spsa`.

@@ -52,6 +52,17 @@ def spsa(
     >>> bool(loss(params) < 0.01)
     True
 
+    The function is traced, and need not be differentiable. One that is Python or NumPy, such as a
+    metric of generated text, goes through a callback, which the program waits for:
+
+    >>> import numpy as np
+    >>> count = lambda w: np.float32(np.sum(np.asarray(w) < 3.0))
+    >>> metric = lambda params: jax.pure_callback(count, jnp.float32(0), params['w'])
+    >>> search, params = memjax.spsa(5.0), {'w': jnp.zeros(4)}
+    >>> _, state = search.update(None, search.init(params), params, value_fn=metric)
+    >>> bool(jnp.isfinite(state.slopes[0, 0]))
+    True
+
   Args:
     eps: Distance of the values from the parameters, in standard deviations of the noise.
     samples: Directions `n` a step, all from the same parameters.
@@ -163,7 +174,10 @@ def times(slope: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def squared_norm(noise: Noise, leaf, key: jax.Array) -> jax.Array:
-  """Returns the squared norm of a leaf's noise, f32[], drawing one layer at a time."""
+  """Returns the squared norm of a leaf's noise, in the dtype of its estimate; draws one layer at
+  a time.
+  """
+  square = lambda key, shape: jnp.sum(noise.draw(key, shape).astype(leaf.dtype) ** 2)
   if leaf.layers is None:
-    return jnp.sum(noise.draw(key, leaf.shape) ** 2)
-  return jnp.sum(jax.lax.map(lambda key: jnp.sum(noise.draw(key, leaf.shape[1:]) ** 2), key))
+    return square(key, leaf.shape)
+  return jnp.sum(jax.lax.map(lambda key: square(key, leaf.shape[1:]), key))

@@ -184,17 +184,23 @@ def subzero(
   rank=8,
   eps=1e-3,
   refresh_every=1000,
+  reshape=False,
   samples=1,
   weight_decay=0.0,
   log_steps=0,
   seed=0,
 ):
-  """Descent in random subspaces with orthonormal sides (Yu et al., 2024)."""
+  """Descent in random subspaces with orthonormal sides (Yu et al., 2024).
+
+  `reshape` sees each matrix as the most nearly square one with as many numbers: for the long
+  factors of adapters.
+  """
   return methods.subzero(
     learning_rate,
     rank,
     eps,
     refresh_every=refresh_every,
+    reshape=reshape,
     samples=samples,
     form='weights',
     seed=seed,

@@ -15,7 +15,7 @@ from jax import lax
 
 from memjax import transforms, weights
 from memjax.estimators.estimator import find
-from memjax.steps import zeroth_order
+from memjax.steps import diagnostics, zeroth_order
 from memjax.steps.backward import EMBED
 from memjax.steps.slices import STACK
 from memjax.steps.whole_tree import global_norm
@@ -85,7 +85,9 @@ def make_train_step(model: Any, estimator, transform, *, rounding_key=None, shar
   parameters of the same moment. Memory: that of `zeroth_order` for the first `L - k` layers, and of
   `whole_tree` for a model of `k` layers.
 
-  A loss that is not finite skips the whole update, and is counted as in `zeroth_order`.
+  A loss or gradient that is not finite skips the whole update, and is counted as in `zeroth_order`.
+  Metrics are those of `zeroth_order`, `zo/update_ulps` of what is estimated, and
+  `train/grad_norm`; `train/loss` is the value at the parameters.
 
   Args:
     model: Has `embed`, `blocks`, `head_loss` and `tied`, as `memjax.models.Llama`.
@@ -108,18 +110,21 @@ def make_train_step(model: Any, estimator, transform, *, rounding_key=None, shar
       return _above(model, low, weights.replaced(high, values), x, batch)[0] / count
 
     value, grads = jax.value_and_grad(share)(trained['exact'])
+    norm = global_norm(grads)
+    sound = jnp.isfinite(value) & jnp.isfinite(norm)
 
     def value_fn(values):
       seen = weights.replaced(low, values)
-      return _above(model, seen, high, _below(model, seen, batch), batch)[0] / count
+      found = _above(model, seen, high, _below(model, seen, batch), batch)[0] / count
+      return jnp.where(sound, found, jnp.nan)  # So that neither half is updated.
 
     # Forward passes begin when the activations kept for the backward pass are gone.
     estimated = {'step': state['step'], 'params': trained['estimated']}
     estimated['opt'], grads = lax.optimization_barrier((state['opt']['estimated'], grads))
-    estimated['opt'] = zeroth_order.measure(estimator, estimated, value_fn=value_fn)
+    opt = zeroth_order.measure(estimator, estimated, value_fn=value_fn)
+    rows, opt = diagnostics.after(diagnostics.first_rows(trained['estimated']), opt)
+    estimated = advance({**estimated, 'opt': opt})
     found = find(estimated['opt'])
-    sound = ~found.skips() & jnp.isfinite(value)
-    estimated = advance(estimated)
 
     def descend(exact):
       params, opt = exact
@@ -128,14 +133,13 @@ def make_train_step(model: Any, estimator, transform, *, rounding_key=None, shar
       return transforms.apply_updates(params, updates, key), opt
 
     exact = (trained['exact'], state['opt']['exact'])
-    times = jnp.where(sound, 1, 0)
+    times = jnp.where(found.skips(), 0, 1)
     params, opt = lax.fori_loop(0, times, lambda _, exact: descend(exact), exact)
     metrics = {
       'train/loss': value,
-      'train/grad_norm': global_norm(grads),
-      'zo/slope': jnp.sqrt(jnp.mean(found.slopes**2)),
-      'zo/signal_to_noise': found.signal,
-      'zo/skipped': found.skipped,
+      'train/grad_norm': norm,
+      **diagnostics.slope_metrics(found),
+      'zo/update_ulps': diagnostics.update_ulps(rows, diagnostics.first_rows(estimated['params'])),
     }
     new = {'estimated': estimated['params'], 'exact': params}
     opt = {'estimated': estimated['opt'], 'exact': opt}

@@ -23,7 +23,7 @@ from memjax import transforms, weights
 from memjax.estimators.estimator import Directions, find, is_state
 from memjax.estimators.leaves import describe, group_scales
 from memjax.estimators.log import Log
-from memjax.steps import lockstep, slices, streams
+from memjax.steps import diagnostics, lockstep, slices, streams
 from memjax.steps.slices import STACK
 from memjax.steps.zeroth_order import measure
 from memjax.transforms.layers import Layer
@@ -74,6 +74,8 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
 
   Equal bit for bit, once flushed, to `memjax.steps.zeroth_order`; an update has the learning rate
   of the step that made it. A step whose loss is not finite is skipped and counted, as there.
+  Metrics are those of that step; `zo/update_ulps` is of the update that is applied, made by the
+  step before, and of what is trained outside the blocks.
 
   Memory of the device: embedding, head, norms and biases; of the blocks two matrices as they are
   stored, one after its update and one perturbed; the activations of two forward passes of one
@@ -94,6 +96,8 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
   """
 
   def step(state, batch):
+    before, inner = diagnostics.after(_rows_outside(state['params']), state['opt'].inner)
+    state = {**state, 'opt': state['opt']._replace(inner=inner)}
     change, see = _Change(method, state), _See(method, state)
     rest, inner = change.rest()
     sides = [side * see.radius() for side in (1.0, -1.0)]
@@ -105,10 +109,9 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
     inner = _measured(method, rest, inner, values, see.factor())
     found = find(inner)
     metrics = {
-      'train/loss': found.value,
-      'zo/slope': jnp.abs(found.slopes[0, 0]),
-      'zo/signal_to_noise': found.signal,
-      'zo/skipped': found.skipped,
+      'train/loss': diagnostics.loss(found),
+      **diagnostics.slope_metrics(found),
+      'zo/update_ulps': diagnostics.update_ulps(before, _rows_outside(rest)),
     }
     opt = Delayed(jnp.ones((), bool), inner)
     return {'step': state['step'] + 1, 'params': {**rest, STACK: blocks}, 'opt': opt}, metrics
@@ -142,6 +145,12 @@ def make_flush(method: Method, *, shardings: dict | None = None):
     return {**state, 'params': params, 'opt': Delayed(jnp.zeros((), bool), inner)}
 
   return flush
+
+
+def _rows_outside(params):
+  """First rows of what is trained outside the blocks."""
+  rest = weights.trained({k: v for k, v in params.items() if k != STACK})
+  return diagnostics.first_rows(weights.dense(rest))
 
 
 class _Change:

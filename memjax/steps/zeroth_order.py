@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from memjax import transforms, weights
-from memjax.estimators.estimator import FORGET, find, is_state
-from memjax.estimators.log import Log, find_log, fingerprint, observed
-from memjax.steps import held, slices
+from memjax.estimators.estimator import find
+from memjax.estimators.log import observed
+from memjax.steps import diagnostics, held, slices
 from memjax.steps.layerwise import make_advance, shardings_of
 from memjax.steps.slices import STACK
 
@@ -35,14 +34,11 @@ def make_train_step(
   forward pass and the count of tokens: four bytes each.
 
   A step with a loss that is not finite leaves parameters and optimizer as they were, and is
-  counted; the next draws other noise. `train/loss` is then that of the last step that was not
-  skipped.
+  counted; the next draws other noise. `train/loss` is then NaN.
 
-  Metrics beside `train/loss`, the mean over the forward passes: `zo/slope`, root mean square of the
-  slopes; `zo/slope_variance`, over the directions of the step, or over recent steps when there is
-  only one; `zo/signal_to_noise`, the difference of two values over the f32 resolution of the loss;
-  `zo/update_ulps`, root mean square change of the weights over their unit in the last place, in the
-  first row of each leaf; `zo/skipped`, steps so far.
+  Metrics beside `train/loss`, the mean over the forward passes: those of
+  `memjax.steps.diagnostics.slope_metrics`, and `zo/update_ulps`, root mean square change of the
+  weights over their unit in the last place, in the first row of each leaf.
 
   Args:
     loss: `loss(params, batch) -> (sum f32[], count f32[])`, which asks its leaves through
@@ -60,58 +56,17 @@ def make_train_step(
     params, state = state['params'], {**state, 'params': weights.trained(state['params'])}
     value_fn = lambda trained: loss(weights.replaced(params, trained), batch)[0] / count
     opt = measure(transform, state, value_fn=value_fn)
-    rows, opt = _after(_first_rows(state['params']), opt)
+    rows, opt = diagnostics.after(diagnostics.first_rows(state['params']), opt)
     state = advance({**state, 'opt': opt})
     found = find(state['opt'])
     metrics = {
-      'train/loss': found.value,
-      **_slope_metrics(found),
-      'zo/update_ulps': _ulps(rows, _first_rows(state['params'])),
-      'zo/skipped': found.skipped,
+      'train/loss': diagnostics.loss(found),
+      **diagnostics.slope_metrics(found),
+      'zo/update_ulps': diagnostics.update_ulps(rows, diagnostics.first_rows(state['params'])),
     }
     return {**state, 'params': weights.replaced(params, state['params'])}, metrics
 
   return step
-
-
-def replay(optimizer, params, log: Log, *, steps: int | None = None, rounding_key=None) -> Any:
-  """Returns the parameters after a logged run, without a forward pass.
-
-  Bit for bit those of the run, on the same kind of device: an update draws its direction again from
-  its address. Costs a draw of all noise a step, and copies the parameters once.
-
-  Args:
-    optimizer: As in the run, with its learning rate; a transform that `estimators.record` wraps.
-    params: Weights that the run began with.
-    log: From `memjax.estimators.find_log` or `load_log`.
-    steps: Replays so many; None all.
-    rounding_key: As in the run, see `memjax.steps.zeroth_order.make_train_step`.
-
-  Raises:
-    ValueError: for a log that began with other weights, was made with another learning rate or
-      number of directions, or is longer than its room.
-  """
-  count = int(log.count) if steps is None else steps
-  _check_log(log, params, count)
-  optimizer = optax.with_extra_args_support(optimizer)
-  advance = make_apply(optimizer, rounding_key)
-
-  def again(state, slopes):
-    return advance({**state, 'opt': measure(optimizer, state, slopes=slopes)})
-
-  again = jax.jit(again, donate_argnums=0)
-  params = jax.tree.map(jnp.copy, params)  # The steps write over them.
-  state = {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': optimizer.init(params)}
-  shape = find(state['opt']).slopes.shape
-  if shape != log.slopes.shape[1:]:
-    raise ValueError(
-      f'the log has slopes of shape {log.slopes.shape[1:]} a step, this optimizer {shape}: make it '
-      'with the same samples and blockwise'
-    )
-  for slopes in log.slopes[:count]:
-    state = again(state, slopes)
-  _check_rates(log, find_log(state['opt']), count)
-  return state['params']
 
 
 def measure(transform, state, **how) -> Any:
@@ -120,7 +75,7 @@ def measure(transform, state, **how) -> Any:
   Args:
     transform: Chain with an estimator.
     state: Training state.
-    **how: `value_fn`, or `slopes` to take for measured.
+    **how: `value_fn`, or `slopes` to take for measured; `rows`, see `memjax.estimators.record`.
   """
   zeros = jax.tree.map(jnp.zeros_like, state['params'])
   transform = optax.with_extra_args_support(transform)
@@ -138,8 +93,9 @@ def make_apply(transform: optax.GradientTransformation, rounding_key=None, shard
   def apply(state):
     times = jnp.where(find(state['opt']).skips(), 0, 1)
     params, blockwise = state['params'], find(state['opt']).slopes.shape[-1] > 1
+    stacked = isinstance(params, dict) and isinstance(params.get(STACK), dict)
     # Blockwise, a layer's slope is one of many; leaves are then updated whole.
-    if isinstance(params, dict) and STACK in params and not blockwise:
+    if stacked and not blockwise:
       params, opt = _by_layers(transform, state, times, rounding_key, shardings)
     else:
       params, opt = _at_once(transform, state, times, rounding_key)
@@ -180,70 +136,3 @@ def _at_once(transform, state, times, rounding_key):
     return transforms.apply_updates(params, updates, key), opt
 
   return lax.fori_loop(0, times, advance, (state['params'], state['opt']))
-
-
-def _slope_metrics(found):
-  slopes = found.slopes
-  finished = jnp.maximum(found.count - found.skipped, 1).astype(slopes.dtype)
-  mean, square = found.moments / (1 - FORGET**finished)
-  over_steps = square - mean**2
-  return {
-    'zo/slope': jnp.sqrt(jnp.mean(slopes**2)),
-    'zo/slope_variance': jnp.var(slopes, ddof=1) if slopes.size > 1 else over_steps,
-    'zo/signal_to_noise': found.signal,
-  }
-
-
-def _first_rows(params):
-  """The first `[n]` of each leaf, few numbers that stand for all."""
-  leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim]
-  return [leaf[(0,) * (leaf.ndim - 1)] for leaf in leaves]
-
-
-def _after(read, opt):
-  """Makes the update wait for what was read: else all parameters are copied, to read it later."""
-  opt, treedef = jax.tree.flatten(opt, is_leaf=is_state)
-  at = next(i for i, leaf in enumerate(opt) if is_state(leaf))
-  read, count = lax.optimization_barrier((read, opt[at].count))
-  opt[at] = opt[at]._replace(count=count)
-  return read, treedef.unflatten(opt)
-
-
-def _ulps(old, new):
-  """Root mean square change, over the unit in the last place of the old number."""
-
-  def square(old, new):
-    bits = jnp.finfo(old.dtype).nmant
-    old, new = old.astype(jnp.float32), new.astype(jnp.float32)
-    exponent = jnp.frexp(jnp.abs(old))[1] - 1
-    # A weight of zero moves by any number of its own units: those of the smallest normal number.
-    unit = jnp.ldexp(jnp.ones_like(old), jnp.maximum(exponent, -100) - bits)
-    return jnp.sum(((new - old) / unit) ** 2 * (old != 0))
-
-  total = sum(square(*pair) for pair in zip(old, new, strict=True))
-  return jnp.sqrt(total / sum(x.size for x in old))
-
-
-def _check_log(log, params, count):
-  if count > int(log.count):
-    raise ValueError(f'steps is {count}, but the log ends after step {int(log.count)}')
-  if count > len(log.learning_rate):
-    raise ValueError(
-      f'the log had room for {len(log.learning_rate)} of {count} steps; replay fewer, or log with '
-      'log_steps as large as the run'
-    )
-  if (found := int(jax.jit(fingerprint)(params))) != int(log.start):
-    raise ValueError(
-      f'the log does not belong to these weights: it began with fingerprint {int(log.start):08x}, '
-      f'theirs is {found:08x}; replay from the weights that the run began with'
-    )
-
-
-def _check_rates(log, again, count):
-  differ = np.asarray(log.learning_rate != again.learning_rate[: len(log.learning_rate)])[:count]
-  if differ.any():
-    step = int(differ.argmax())
-    raise ValueError(
-      f'step {step} of the log had learning rate {float(log.learning_rate[step])}, this optimizer '
-      f'has {float(again.learning_rate[step])}; make it with the learning rate of the run'
-    )

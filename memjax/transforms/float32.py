@@ -45,7 +45,8 @@ def in_float32(inner: optax.GradientTransformation) -> Float32:
 
 def _widen(tree):
   def widen(x):
-    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    dtype = jnp.result_type(x)  # Also of a Python number.
+    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     return x.astype(jnp.float32) if narrow else x
 
   return jax.tree.map(widen, tree)

@@ -19,8 +19,8 @@ from memjax.steps import lockstep, streamed, streams, whole_tree, zeroth_order
 EPS, DECAY, SEED = 1e-2, 0.1, 5
 LAYERS, VOCAB, WIDTH, INNER = 3, 16, 8, 16
 RULES = (
-  (r'blocks/up/kernel', P(None, None, 'fsdp')),
-  (r'blocks/down/kernel', P(None, 'fsdp', None)),
+  (r'blocks/up/kernel', P(None, 'fsdp', 'tensor')),
+  (r'blocks/down/kernel', P(None, 'tensor', 'fsdp')),
   (r'.*', P()),
 )
 
@@ -269,8 +269,15 @@ def test_a_model_is_evaluated_from_host_memory(run):
   assert_same_bits(got, jax.jit(Toy().loss)(init_params(None), batch_of(0)))
 
 
-def test_a_mesh_divides_the_blocks_and_changes_no_slope(run):
-  mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+@pytest.mark.parametrize(
+  ('axis', 'shape'),
+  [
+    ('fsdp', (LAYERS, WIDTH // 2, INNER)),
+    pytest.param('tensor', (LAYERS, WIDTH, INNER // 2), marks=pytest.mark.slow),
+  ],
+)
+def test_a_mesh_divides_the_blocks_and_changes_no_result(run, axis, shape):
+  mesh = sharding.make_mesh(**{'data': 1, axis: 2}, devices=jax.devices()[:2])
   wide = Run(method_of(), mesh)
   one, two = run.fresh(), wide.fresh()
   for i in range(2):
@@ -280,7 +287,12 @@ def test_a_mesh_divides_the_blocks_and_changes_no_slope(run):
     np.testing.assert_allclose(a['zo/slope'], b['zo/slope'], rtol=1e-3)
   kernel = two['params']['blocks']['up']['kernel']
   assert kernel.sharding.memory_kind == 'pinned_host'
-  assert kernel.addressable_shards[0].data.shape == (LAYERS, WIDTH, INNER // 2)
+  assert kernel.addressable_shards[0].data.shape == shape
+  expected, found = run.flush(one)['params'], wide.flush(two)['params']
+  # A slope's error of some 1e-5, times learning rate and noise; each update moves by a hundredth.
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), found, expected)
+  change = jax.tree.map(lambda x, y: np.abs(x - y).max(), expected, init_params(None))
+  assert min(jax.tree.leaves(change)) > 1e-3
 
 
 def test_what_would_have_to_be_streamed_beside_the_weights_is_refused():

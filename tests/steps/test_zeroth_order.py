@@ -11,7 +11,8 @@ import pytest
 from memjax import estimators, weights
 from memjax.estimators import methods
 from memjax.estimators.estimator import find
-from memjax.steps import whole_tree, zeroth_order
+from memjax.steps import diagnostics, whole_tree, zeroth_order
+from memjax.steps.replay import replay
 from tests.models import tiny
 
 BATCH = tiny.batch_of(tiny.make(), (8, 8))
@@ -127,8 +128,106 @@ def test_a_replay_gives_the_bits_of_the_run(name, tmp_path):
   estimators.save_log(tmp_path / 'log.npz', estimators.find_log(state['opt']))
   log = estimators.load_log(tmp_path / 'log.npz')
   params = start(transform)['params']
-  assert_same(zeroth_order.replay(transform, params, log), state['params'])
+  assert_same(replay(transform, params, log), state['params'])
   assert (np.asarray(params['head']['kernel']) != state['params']['head']['kernel']).any()
+
+
+ROUNDING = jax.random.key(1)
+
+
+@functools.cache
+def rounded():
+  """Optimizer, start and state after each of four steps of a run whose 16 bits are rounded
+  stochastically, with a momentum.
+  """
+  transform = methods.mezo_momentum(1e-3, form='weights', log_steps=8, noise='rademacher')
+  step = jax.jit(zeroth_order.make_train_step(loss, transform, rounding_key=ROUNDING))
+  states = [start(transform, jnp.bfloat16)]
+  for _ in range(4):
+    states.append(step(states[-1], BATCH)[0])
+  return transform, states
+
+
+@pytest.mark.slow
+def test_a_replay_rounds_as_the_run_did_and_begins_at_any_checkpoint():
+  transform, (begin, _, middle, _, end) = rounded()
+  log = estimators.find_log(end['opt'])
+  assert_same(replay(transform, begin['params'], log, rounding_key=ROUNDING), end['params'])
+  rest = replay(transform, middle['params'], log, opt=middle['opt'], rounding_key=ROUNDING)
+  assert_same(rest, end['params'])
+  assert_same(
+    replay(transform, begin['params'], log, steps=2, rounding_key=ROUNDING), middle['params']
+  )
+  with pytest.raises(ValueError, match='begins after step 2'):
+    replay(transform, middle['params'], log, opt=middle['opt'], steps=1)
+  other = log._replace(slopes=log.slopes.at[1].set(0.5))
+  with pytest.raises(ValueError, match='does not belong to this optimizer state'):
+    replay(transform, middle['params'], other, opt=middle['opt'])
+  with pytest.raises(ValueError, match='weights before step 2 are not those of the run'):
+    replay(transform, begin['params'], log, opt=middle['opt'], rounding_key=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(key=None), 'the weights before step 1 are not'),
+    (dict(key=jax.random.key(2)), 'the weights before step 1 are not'),
+    (dict(seed=1), 'the weights before step 1 are not'),
+    (dict(noise='gaussian'), 'the weights before step 1 are not'),
+    (dict(learning_rate=2e-3), 'step 0 of the log had learning rate'),
+    (dict(momentum=0.5), 'the weights before step 2 are not'),
+  ],
+)
+def test_a_replay_refuses_what_the_run_was_not(changes, message):
+  _, states = rounded()
+  key = changes.pop('key', ROUNDING)
+  options = dict(learning_rate=1e-3, form='weights', log_steps=8, noise='rademacher') | changes
+  log = estimators.find_log(states[-1]['opt'])
+  with pytest.raises(ValueError, match=message):
+    replay(methods.mezo_momentum(**options), states[0]['params'], log, rounding_key=key)
+
+
+def test_metrics_of_slopes():
+  """Against their definitions, with one direction and with three; of nothing, nothing."""
+  value = jnp.float32(4)
+  state = estimators.spsa(0.5, samples=3).init({'w': jnp.ones(2)})
+  for metric in diagnostics.slope_metrics(state).values():
+    assert metric == 0
+  slopes = np.array([[1.0], [2.0], [6.0]], np.float32)
+  several = state._replace(
+    slopes=slopes, value=value, difference=jnp.float32(4), last=jnp.int32(-1)
+  )
+  found = diagnostics.slope_metrics(several)
+  np.testing.assert_allclose(found['zo/slope'], (41 / 3) ** 0.5, rtol=1e-6)
+  np.testing.assert_allclose(found['zo/slope_variance'], 7, rtol=1e-6)
+  np.testing.assert_allclose(found['zo/signal_to_noise'], 3 / 7**0.5, rtol=1e-6)
+  np.testing.assert_allclose(found['zo/difference_ulps'], 4 / 8 * 2**23, rtol=1e-6)
+
+  transform = estimators.spsa(0.5, noise='rademacher')
+  state, params = transform.init({'w': jnp.ones(1)}), {'w': jnp.ones(1)}
+  update = jax.jit(lambda slopes, state: transform.update(None, state, params, slopes=slopes))
+  for slope in (1.0, 3.0, jnp.nan, 2.0):
+    _, state = update(jnp.full((1, 1), slope), state)
+  found = diagnostics.slope_metrics(state)
+  weights_of = 0.01 * 0.99 ** np.array([2.0, 1, 0])
+  mean, square = (weights_of @ np.array([1.0, 3, 2]) ** k / weights_of.sum() for k in (1, 2))
+  np.testing.assert_allclose(found['zo/slope_variance'], square - mean**2, rtol=1e-4)
+  np.testing.assert_allclose(
+    found['zo/signal_to_noise'], mean / (square - mean**2) ** 0.5, rtol=1e-4
+  )
+  assert (found['zo/skipped'], found['zo/skipped_in_a_row']) == (1, 0)
+
+
+def test_a_loss_of_zero_has_finite_metrics():
+  """Also one whose values are opposite."""
+  for function in (lambda w: 0 * w, lambda w: w):
+    transform = optax.chain(estimators.spsa(0.5, form='weights'))
+    value = lambda params, batch, f=function: (f(weights.materialize(params['w'])), jnp.float32(1))
+    step = zeroth_order.make_train_step(value, transform)
+    state = whole_tree.init_state(lambda key: {'w': jnp.float32(0)}, transform, None)
+    _, metrics = step(state, {'weights': jnp.ones(1)})
+    assert np.isfinite(list(metrics.values())).all()
 
 
 @pytest.mark.parametrize('name', ['mezo', 'lozo_m', 'subzero'])
@@ -164,11 +263,11 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_is_counted():
       assert_same(state['opt'].inner[1], before['opt'].inner[1])
       assert int(state['step']) == 2
   assert [skipped for _, skipped in found] == [0, 1, 1]
-  assert found[1][0] == found[0][0]
+  assert [np.isfinite(value) for value, _ in found] == [True, False, True]
   log = estimators.find_log(state['opt'])
   assert np.isnan(log.slopes[:3, 0, 0]).tolist() == [False, True, False]
   np.testing.assert_allclose(log.learning_rate[:3:2], [1e-4, 7.5e-5])
-  assert_same(zeroth_order.replay(transform, start(transform)['params'], log), state['params'])
+  assert_same(replay(transform, start(transform)['params'], log), state['params'])
 
 
 def test_updates_under_an_ulp_survive_in_the_mean_and_not_without_rounding_stochastically():
@@ -209,13 +308,14 @@ def test_refusals():
   log = estimators.find_log(state['opt'])
   params = start(transform)['params']
   with pytest.raises(ValueError, match='does not belong to these weights'):
-    zeroth_order.replay(transform, jax.tree.map(lambda x: x + 1, params), log)
-  other = methods.mezo(2e-4, form='weights', log_steps=8, weight_decay=0.1)
-  with pytest.raises(ValueError, match='step 0 of the log had learning rate'):
-    zeroth_order.replay(other, params, log)
+    replay(transform, jax.tree.map(lambda x: x + 1, params), log)
   with pytest.raises(ValueError, match='the log ends after step 4'):
-    zeroth_order.replay(transform, params, log, steps=5)
+    replay(transform, params, log, steps=5)
   with pytest.raises(ValueError, match='slopes of shape'):
-    zeroth_order.replay(methods.mezo(1e-4, samples=2, log_steps=8), params, log)
+    replay(methods.mezo(1e-4, samples=2, log_steps=8), params, log)
+  with pytest.raises(ValueError, match="optimizer's own log has room for 3 of 4 steps"):
+    replay(methods.mezo(1e-4, log_steps=3), params, log)
+  with pytest.raises(ValueError, match='the optimizer keeps no log'):
+    replay(methods.mezo(1e-4), params, log)
   with pytest.raises(ValueError, match='0 estimators in the optimizer'):
     zeroth_order.make_apply(optax.sgd(1.0))(start(optax.sgd(1.0)))

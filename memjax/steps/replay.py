@@ -1,0 +1,134 @@
+"""The weights of a zeroth-order run from its log, without a forward pass."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from memjax.estimators.estimator import find
+from memjax.estimators.log import Log, find_log, fingerprint
+from memjax.steps.zeroth_order import make_apply, measure
+
+
+def replay(
+  optimizer,
+  params,
+  log: Log,
+  *,
+  opt=None,
+  steps: int | None = None,
+  rounding_key=None,
+  exact: bool = True,
+) -> Any:
+  """Returns the parameters after a logged run, without a forward pass.
+
+  Bit for bit those of the run, on the same kind of device: an update draws its direction again from
+  its address. Costs a draw of all noise a step, and copies the parameters once.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, memjax
+    >>> optimizer = memjax.mezo(0.05, log_steps=100)
+    >>> params = begin = {'w': jnp.ones(3)}
+    >>> state = optimizer.init(params)
+    >>> for _ in range(3):
+    ...   updates, state = optimizer.update(
+    ...     None, state, params, value_fn=lambda p: jnp.sum(p['w'] ** 2)
+    ...   )
+    ...   params = optax.apply_updates(params, updates)
+    >>> again = memjax.replay(optimizer, begin, memjax.estimators.find_log(state))
+    >>> bool(jnp.allclose(again['w'], params['w']))
+    True
+
+  Args:
+    optimizer: As in the run, with its learning rate and seed; a transform that `estimators.record`
+      wraps.
+    params: Weights that the run began with; with `opt`, those of a checkpoint.
+    log: From `memjax.estimators.find_log` or `load_log`.
+    opt: Optimizer state of that checkpoint: only the steps after it are replayed. None for the
+      state before the first step.
+    steps: Of the log, counted from the run's first; None all.
+    rounding_key: As in the run, see `memjax.steps.zeroth_order.make_train_step`.
+    exact: Refuses weights that are not those of the run in every bit. On another kind of device
+      than the run's, whose noise may differ in the last place, set it to False: then nothing tells
+      a wrong seed.
+
+  Raises:
+    ValueError: for a log that began with other weights, was made by another optimizer or rounding
+      key, or is longer than its room.
+  """
+  state = _start(optimizer, params, opt)
+  first = int(find(state['opt']).count)
+  count = int(log.count) if steps is None else steps
+  _check_rows(log, find_log(state['opt']), first, count)
+  if exact:
+    _check_start(log, params, opt)
+  optimizer = optax.with_extra_args_support(optimizer)
+  advance = make_apply(optimizer, rounding_key)
+
+  def again(state, slopes):
+    opt = measure(optimizer, state, slopes=slopes)
+    made, row = find_log(opt), find(opt).count - 1
+    return advance({**state, 'opt': opt}), (made.rows[row], made.learning_rate[row])
+
+  again = jax.jit(again, donate_argnums=0)
+  for row in range(first, count):
+    state, (seen, rate) = again(state, log.slopes[row])
+    if exact and seen != log.rows[row]:
+      raise ValueError(
+        f'the weights before step {row} are not those of the run; give the optimizer its seed, '
+        'noise and options, and its rounding_key; or set exact=False on another kind of device'
+      )
+    if rate != log.learning_rate[row]:
+      raise ValueError(
+        f'step {row} of the log had learning rate {float(log.learning_rate[row])}, this optimizer '
+        f'has {float(rate)}; make it with the learning rate of the run'
+      )
+  return state['params']
+
+
+def _start(optimizer, params, opt):
+  """The training state before the first step of a replay, a copy: the steps write over it."""
+  opt = optimizer.init(params) if opt is None else opt
+  state = {'step': find(opt).count, 'params': params, 'opt': opt}
+  return jax.tree.map(jnp.copy, state)
+
+
+def _check_rows(log, own, first, count):
+  """That the log has the steps, and the optimizer room for them."""
+  if not first <= count <= int(log.count):
+    raise ValueError(
+      f'steps is {count}, but the replay begins after step {first} and the log ends after step '
+      f'{int(log.count)}'
+    )
+  for what, room in (('log had', log), ("optimizer's own log has", own)):
+    if count > len(room.learning_rate):
+      raise ValueError(
+        f'the {what} room for {len(room.learning_rate)} of {count} steps; replay fewer, or set '
+        'log_steps as large as the run'
+      )
+  if own.slopes.shape[1:] != log.slopes.shape[1:]:
+    raise ValueError(
+      f'the log has slopes of shape {log.slopes.shape[1:]} a step, this optimizer '
+      f'{own.slopes.shape[1:]}: make it with the same samples and blockwise'
+    )
+
+
+def _check_start(log, params, opt):
+  if opt is None:
+    found = int(jax.jit(fingerprint)(params))
+    if found != int(log.start):
+      raise ValueError(
+        'the log does not belong to these weights: it began with fingerprint '
+        f'{int(log.start):08x}, theirs is {found:08x}; replay from the weights that the run began '
+        'with'
+      )
+    return
+  own, first = find_log(opt), int(find(opt).count)
+  same = np.array_equal(own.slopes[:first], log.slopes[:first], equal_nan=True)
+  if own.start != log.start or not same:
+    raise ValueError(
+      f'the log does not belong to this optimizer state: their first {first} steps differ; take a '
+      'checkpoint of the run that the log is of'
+    )
