@@ -30,6 +30,7 @@ from memjax.steps import (
   hybrid,
   layerwise,
   offload,
+  projected,
   rotations,
   selected,
   selectors,
@@ -260,9 +261,12 @@ def _make_step(config, model, loss, transform, shardings, gradients):
   if config.step == 'zeroth_order':
     key = options['rounding_key']
     return zeroth_order.make_train_step(loss, transform, rounding_key=key, shardings=shardings)
+  where = config.accumulate_in
+  if config.step == 'layerwise' and where == 'subspace':
+    some = {k: options[k] for k in ('accumulate', 'rounding_key')}
+    return projected.make_train_step(model, transform, shardings=gradients, **some)
   if config.step == 'layerwise':
     return layerwise.make_train_step(model, transform, shardings=gradients, **options)
-  where = config.accumulate_in
   return whole_tree.make_train_step(loss, transform, accumulate_in=where, **options)
 
 

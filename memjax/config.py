@@ -79,7 +79,9 @@ def default() -> ConfigDict:
   c.batch_size = 8  # Sequences an update, all micro-batches together.
   c.select = ConfigDict(selectors.fields())  # Trains on a chosen part of each batch.
   c.accumulate = 1  # Micro-batches an update.
-  c.accumulate_in = 'weights'  # Or 'subspace': adds up [r, n] of a matrix, of methods with bases.
+  # Or 'subspace': adds up [r, n] of a matrix, of methods with bases; and layer by layer, keeps the
+  # layers' inputs of one micro-batch and not of all.
+  c.accumulate_in = 'weights'
   c.seq_len = 128  # Tokens a sequence.
   c.seed = 0  # Of the parameters, the order of the data, and every other draw.
 
@@ -304,10 +306,10 @@ def _check_step(c: ConfigDict) -> None:
       "once; set config.step='layerwise'"
     )
   whole_tree.check_accumulation(c.accumulate_in, c.clip_norm)
-  if c.accumulate_in != 'weights' and c.step != 'whole_tree':
+  if c.accumulate_in != 'weights' and c.step not in ('whole_tree', 'layerwise'):
     raise ValueError(
-      f"config.accumulate_in is {c.accumulate_in!r}, which is of use to config.step='whole_tree' "
-      'alone: the others never hold the gradients of all layers'
+      f'config.accumulate_in is {c.accumulate_in!r}, which config.step={c.step!r} does not read; set '
+      "config.accumulate_in='weights', or config.step='whole_tree' or 'layerwise'"
     )
   if c.step != 'whole_tree' and c.remat not in ('none', 'full'):
     raise ValueError(

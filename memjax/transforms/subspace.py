@@ -34,7 +34,12 @@ from memjax.transforms.units import at_least_float32
 
 
 def refresh_subspace(
-  transform: optax.GradientTransformationExtraArgs, grads: Any, state: Any, params: Any, when=True
+  transform: optax.GradientTransformationExtraArgs,
+  grads: Any,
+  state: Any,
+  params: Any,
+  when=True,
+  **extra_args,
 ) -> Any:
   """Gives the matrices that are due in the coming update new bases, and does nothing else.
 
@@ -44,13 +49,14 @@ def refresh_subspace(
     state: Its state.
     params: Parameters.
     when: bool or bool[]; False leaves `state` as it is, at no cost.
+    **extra_args: Of the transform's `update`.
 
   Returns:
     The state for the micro-batches and the update to come: counts are not advanced, moments are
     rotated if they are to be.
   """
   _find(state)
-  _, after = transform.update(grads, state, params, only_refresh=jnp.asarray(when))
+  _, after = transform.update(grads, state, params, only_refresh=jnp.asarray(when), **extra_args)
   # What comes after `project` in a chain took the gradients for updates; of that nothing is kept.
   keep = lambda old, new: new if isinstance(old, ProjectState) else old
   return jax.tree.map(keep, state, after, is_leaf=_is_project)
