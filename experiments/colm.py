@@ -84,6 +84,7 @@ def selections(counts: dict[str, int]) -> dict[str, dict]:
   even = sum(counts.values()) / len(counts)
   listed = '_'.join(str(i) for name, i in sorted(numbers.items()) if counts[name] < even)
   half, sources = POOL.value // 2, len(counts)
+  # What `memjax.compat.colm` builds, but for features that are no numbers, of which there are none.
   single = dict(features='zeroth_order', directions=1, redraw=False, keep_sources=listed)
   return {
     'colm': dict(name='colm', keep=half, sources=sources),

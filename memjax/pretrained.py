@@ -22,7 +22,7 @@ from memjax.naming import fold_in_path, path_string
 
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 # A checkpoint's embedding is padded by less than this share of its rows.
-PADDING = 0.1
+PADDING = 0.2
 
 
 class Start(NamedTuple):

@@ -155,7 +155,7 @@ def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_refused(folder, tmp
       290,
       r"tokenizer\.json' is not that of .*config\.json: 'eos_token_id' 2 is",
     ),
-    ({}, 260, "its 260 ids are too few for 'vocab_size' 300"),
+    ({'vocab_size': 350}, 260, "its 260 ids are too few for 'vocab_size' 350"),
   ],
 )
 def test_the_tokenizer_of_another_model_is_refused(folder, tmp_path, fields, pieces, said):
@@ -168,7 +168,7 @@ def test_the_tokenizer_of_another_model_is_refused(folder, tmp_path, fields, pie
   )
   raises = contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said)
   with raises:
-    pretrained.check_tokenizer(config_of(tmp_path), opened, 300)
+    pretrained.check_tokenizer(config_of(tmp_path), opened, fields.get('vocab_size', 300))
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_allocated(tmp_path):

@@ -34,6 +34,8 @@ class Tokenizer(NamedTuple):
   eos_id: int  # Follows every document.
   identity: str  # Equal only for tokenizers that encode alike.
   frame: Frame = Frame()  # Around a text on its own; streams of documents do without.
+  # Where the characters of each token that `encode` returns begin and end, where it can be told.
+  spans: Callable[[str], list[tuple[int, int]]] | None = None
   control: frozenset[int] = frozenset()  # Ids that stand for no text, such as a document's end.
 
 
@@ -95,6 +97,7 @@ def _bytes():
     eos_id=256,
     identity='bytes',
     frame=_between_documents(256),
+    spans=lambda text: [(i, i + 1) for i, c in enumerate(text) for _ in c.encode()],
   )
 
 
@@ -192,6 +195,7 @@ def _hugging_face(tokenizer, text, find_eos_id):
     eos_id=eos_id,
     identity=f'{eos_id} {hashlib.sha256(text.encode()).hexdigest()}',
     frame=_frame(tokenizer),
+    spans=lambda text: tokenizer.encode(text, add_special_tokens=False).offsets,
     control=frozenset(special | {eos_id}),
   )
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.models.decode import decode
-from memjax.tasks import prompts, scoring
+from memjax.tasks import prompts, scoring, spans
 from memjax.tasks.metrics import METRICS, OF_TEXTS
+from memjax.tasks.spans import Spanned
 from memjax.tasks.splits import Examples, Framed
 from memjax.tasks.task import Example, Task
 
@@ -30,8 +31,8 @@ def measure(
   """Returns the scores of a model on a split: one for each of the task's metrics.
 
   A decoder chooses the likeliest option, continues the prompt greedily, or, where the answer is a
-  number, gives the mean over its words; an encoder reads its head. Rows are sharded as the model's
-  activations are.
+  number, gives the mean over its words; an encoder reads its head, and of a span gives the text.
+  Rows are sharded as the model's activations are.
 
   Args:
     model: A decoder or an encoder.
@@ -72,6 +73,9 @@ def predict(
   stop: Callable[[], bool] = lambda: False,
 ) -> list | None:
   """Returns what a model answers to every example: a label, a number or a text."""
+  if isinstance(split, Spanned):
+    read = lambda rows: jax.device_get(_head_logits(model, params, rows))
+    return spans.answers(read, split, batch_size, stop)
   if isinstance(split, Framed):
     return _read_heads(model, params, task, split, batch_size, stop)
   if task.kind == 'generation':

@@ -14,6 +14,7 @@ from memjax.tasks import sampling
 from memjax.tasks.options import Choosing
 from memjax.tasks.prompts import Prompter
 from memjax.tasks.rows import read
+from memjax.tasks.spans import Spanned
 from memjax.tasks.splits import Examples, Framed, Optioned, Prompted
 from memjax.tasks.tables import find
 from memjax.tasks.task import Example, Task
@@ -180,7 +181,7 @@ def check_model(task: Task, model, seq_len: int) -> None:
         f'{task.new_tokens} tokens besides its prompt; raise it, or lower config.task.new_tokens'
       )
     return
-  if task.kind not in ('classification', 'regression'):
+  if task.kind not in ('classification', 'regression') and not task.spans:
     raise ValueError(
       f'task {task.name!r} asks for {task.kind}, which {type(model).__name__} has no head for; '
       'choose a decoder'
@@ -196,7 +197,7 @@ def check_model(task: Task, model, seq_len: int) -> None:
 
 def head_fields(task: Task) -> dict:
   """Returns the fields of an encoder that has the head of a task."""
-  return {'task': task.kind, 'labels': task.labels}
+  return {'task': 'span' if task.spans else task.kind, 'labels': task.labels}
 
 
 def choosing(task: Task, model) -> Choosing:
@@ -217,6 +218,8 @@ def is_encoder(model) -> bool:
 def _maker(drawn, model, tokenizer, seq_len, sources=()):
   """Returns the function from examples to a split."""
   task, fields = drawn.task, drawn.fields
+  if task.spans and is_encoder(model):
+    return lambda examples: Spanned(examples, sources, tokenizer, seq_len)
   if is_encoder(model):
     return lambda examples: Framed(examples, sources, tokenizer, seq_len, task.kind == 'regression')
   shown = ()

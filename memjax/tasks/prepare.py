@@ -136,13 +136,16 @@ def squad(row: dict) -> Iterator[dict]:
         shared = {'title': row['title'], 'context': paragraph['context']}
         yield from squad(shared | {k: question.get(k) for k in ('question', 'answers')})
     return
-  answers = row.get('answers')
+  answers, starts = row.get('answers'), []
   if isinstance(answers, dict):  # Columns, as `datasets` has it.
-    answers = answers['text']
+    answers, starts = answers['text'], answers.get('answer_start', [])
   question = row.get('question')
   if answers is not None and question is not None:
-    texts = [a['text'] if isinstance(a, dict) else a for a in _listed(answers)]
-    row = row | {'answers': texts or ['no answer'], 'question': question.strip()}
+    nested = [a for a in answers if isinstance(a, dict)]
+    texts = [a['text'] for a in nested] or _listed(answers) or ['no answer']
+    starts = [a['answer_start'] for a in nested if 'answer_start' in a] or starts
+    starts = [starts] if isinstance(starts, int) else starts
+    row = row | {'answers': texts, 'starts': starts, 'question': question.strip()}
   yield row
 
 

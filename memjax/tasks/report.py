@@ -30,8 +30,8 @@ def evaluate_folder(
   Args:
     folder: Work directory of a run, or what `memjax.models.load` reads.
     tasks: Name -> fields of `config.task` to set, such as `{'rte': {'test': 'rte.jsonl'}}`; default
-      the task of `config`, else that of the run. A field `name` lets one task be measured twice.
-      Files to train on are read only where a part of them is the test or is shown in prompts.
+      the task of `config`, else that of the run. With a field `name`, the key is only what a result
+      is called. Files to train on are read only where a part of them is tested on or is shown.
     config: Its `task` fields, `batch_size` and `seq_len` are used, and for a pretrained model all
       that describes one; needed there, else default what the run was made with.
     directory: Where the results are written; default `folder` if it is a run, else nowhere.
@@ -117,7 +117,8 @@ def _read_pretrained(folder, config, mesh):
   return model, huggingface.load(folder, mesh=mesh, **fields)[1], None
 
 
-def _fields(config, name, changes):
+def _fields(config, called, changes):
+  name = changes.get('name', called)
   fields = ConfigDict(config.task.to_dict()).unlock()
   if name != fields.name:
     # Of another task nothing carries over: neither its files nor its words.
@@ -125,7 +126,7 @@ def _fields(config, name, changes):
   for field in changes:
     if field not in fields:
       raise ValueError(
-        f'to measure {name!r}: config.task has no field {field!r}; {nearest(field, fields)}'
+        f'to measure {called!r}: config.task has no field {field!r}; {nearest(field, fields)}'
       )
   fields.update({'name': name, **changes})
   return fields

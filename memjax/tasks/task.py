@@ -27,7 +27,8 @@ class Task:
     words: For classification what follows the prompt, one a label; for regression the words of the
       numbers 0, 1, ..., of which a decoder predicts the mean.
     answer: For generation, what follows the prompt, with `{answer}`.
-    texts: One or two fields that an encoder reads.
+    texts: One or two fields that an encoder reads; for generation a question and the context that
+      the answer is a span of, or none where it is not.
     label: Field of the label; for generation, of the answers.
     names: What files call the labels, in their order, where they do not number them.
     rename: Other names under which files have the fields: pairs of theirs and ours.
@@ -71,6 +72,11 @@ class Task:
         raise ValueError(f'task {self.name!r}: no metric {metric!r}; {nearest(metric, METRICS)}')
 
   @property
+  def spans(self) -> bool:
+    """Whether an answer is a span of the second of the texts."""
+    return self.kind == 'generation' and len(self.texts) == 2
+
+  @property
   def labels(self) -> int:
     """Number of labels an encoder's head has: 1 for a number, 2 for a span's ends."""
     if self.kind == 'classification':
@@ -93,6 +99,7 @@ class Example(NamedTuple):
   texts: tuple[str, ...]  # What an encoder reads.
   source: str  # Where instruction data came from; '' where rows do not say.
   names: tuple[str, ...] = ()  # What the options stand for, where they are also scored as texts.
+  starts: tuple[int, ...] = ()  # Where answers begin in the context, where rows say so.
   group: str = ''  # What rows are scored together by, such as their question.
 
 
@@ -120,7 +127,8 @@ def example(task: Task, row: dict, where: str) -> Example:
   if task.kind == 'generation':
     answers = _answers(task, row, where)
     spoken = answers[0] if isinstance(answers[0], str) else ', '.join(answers[0])
-    return Example(prompt, (task.answer.format(answer=spoken),), answers, (0,), texts, **rest)
+    options, starts = (task.answer.format(answer=spoken),), tuple(row.get('starts', ()))
+    return Example(prompt, options, answers, (0,), texts, starts=starts, **rest)
   if task.kind == 'regression':
     value = _value_of(task, row[task.label], where)
     words = tuple(map(_spoken(task), task.words))

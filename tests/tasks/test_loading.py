@@ -8,6 +8,7 @@ import pytest
 from memjax import config as config_lib
 from memjax import tasks
 from memjax.models import create
+from memjax.tasks.spans import Spanned
 from memjax.tasks.splits import Framed, Optioned, Prompted
 
 LLAMA = types.SimpleNamespace(vocab=512)  # All that loading asks of a decoder.
@@ -107,7 +108,9 @@ def test_an_encoder_gets_texts_and_the_tasks_head(tmp_path):
   with pytest.raises(ValueError, match=r'needs labels=3, but the model has 2.*model_args\.labels'):
     load(tmp_path, create('bert_tiny', **small), name='mnli')
   with pytest.raises(ValueError, match='asks for generation, which Bert has no head for'):
-    load(tmp_path, create('bert_tiny', **small), name='squad')
+    load(tmp_path, create('bert_tiny', **small), name='drop')
+  spans = create('bert_tiny', **small, **tasks.head_fields(tasks.find('squad')))
+  assert type(load(tmp_path, spans, name='squad').train) is Spanned
 
 
 @pytest.mark.parametrize(
