@@ -267,7 +267,7 @@ def test_a_file_that_is_empty_absent_or_foreign_is_refused(tmp_path):
     tasks.read(tasks.find('sst2'), str(tmp_path / 'a.txt'))
 
 
-WHOLE = gzip.compress(b'{"sentence": "fine", "label": 1}')
+WHOLE = gzip.compress(b'{"sentence": "fine", "label": 1}', mtime=0)
 # Task, file, what is in it, what is said of it.
 DAMAGED = [
   ('record', 'r.jsonl', b'{"passage": 3, "qas": [{}]}', "line 1: not a row of task 'record'"),
@@ -281,7 +281,7 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'file', 'content', 'said'), DAMAGED)
+@pytest.mark.parametrize(('name', 'file', 'content', 'said'), DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_file_is_named_with_what_is_wrong(name, file, content, said, tmp_path):
   (tmp_path / file).write_bytes(content)
   with pytest.raises(ValueError, match=said):
