@@ -82,9 +82,8 @@ def record(directory: pathlib.Path, config: ConfigDict, dataset) -> None:
     f'train_{unit}': train,
     f'validation_{unit}': validation,
     'vocabulary': dataset.tokenizer.vocab_size,
+    'fingerprint': dataset.fingerprint,
   }
-  if hasattr(dataset, 'fingerprint'):  # Of text.
-    found['fingerprint'] = dataset.fingerprint
   if file.exists():
     before = read_json(file)
     different = [k for k in found if k != 'missing' and before.get(k, found[k]) != found[k]]

@@ -46,6 +46,14 @@ class TaskData:
     """Returns how much there is to train and to validate on, and of what."""
     return len(self.train), len(self.validation), 'examples'
 
+  @property
+  def fingerprint(self) -> str:
+    """Of the training examples, their labels, and the tokenizer."""
+    digest = hashlib.sha256(self.tokenizer.identity.encode())
+    for example in self.train.examples:
+      digest.update(f'{example.prompt} {example.options} {example.label}'.encode())
+    return digest.hexdigest()[:16]
+
 
 def load(
   fields: ConfigDict, model, tokenizer: str, seq_len: int, *, vocab_size: int, cache_dir

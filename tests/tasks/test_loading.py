@@ -50,6 +50,13 @@ def test_a_test_needs_no_rows_to_train_on(tmp_path):
     measured(train='nowhere.jsonl', demonstrations=2, test='made_up:9')
 
 
+def test_a_fingerprint_is_of_the_examples_and_the_tokenizer(tmp_path):
+  first = load(tmp_path).fingerprint
+  assert load(tmp_path, test='made_up:9').fingerprint == first
+  assert load(tmp_path, train='made_up:40:1').fingerprint != first
+  assert load(tmp_path, tokenizer='bpe').fingerprint != first
+
+
 def test_demonstrations_are_the_first_of_the_published_draw(tmp_path):
   data = load(tmp_path, demonstrations=2, examples=10, dev_examples=5, dev='')
   shown = data.train.prompter.demonstrations
