@@ -26,9 +26,9 @@ HEAD = """\
 Made by `python docs/make_methods.py` from the code; a test keeps it fresh.
 
 State is what the optimizer keeps between updates for one matrix `m x n`; `a` is its shorter side,
-`c` its longer, `r` the rank; numbers are f32 unless bits are named. The last column is the whole
-state of LLaMA-7B (6.74 B parameters), embedding, head and norms included, at the arguments given
-below; weights in bfloat16 take 12.55 GiB beside it.
+`c` its longer, `r` the rank; what is not said to be bytes is f32 numbers. The last column is the
+whole state of LLaMA-7B (6.74 B parameters), embedding, head and norms included, at the arguments
+given below; weights in bfloat16 take 12.55 GiB beside it.
 
 """
 
@@ -182,7 +182,7 @@ METHODS = {
   'adam_mini': Method(
     'Adam-mini',
     'https://arxiv.org/abs/2406.16793',
-    '`m n` + one number a block (head, neuron or token)',
+    '`m n + n`; one number a block: a neuron, a head of queries or keys, a token',
     'means over blocks',
     "for half of Adam's state at Adam's quality",
     'eps inside or outside the root, ignored `n_kv_heads`, partition by names of other models: '
@@ -301,7 +301,7 @@ METHODS = {
   'adamw8bit': Method(
     'AdamW in 8 bits',
     'https://arxiv.org/abs/2110.02861',
-    '`2 m n` bytes and a scale every 256',
+    '`2 m n (1 + 1 / 64)` bytes, codes and scales',
     'codes are read and written, block by block',
     'as AdamW with a quarter of its state',
     'blocks run over the flattened leaf and straddle devices; decay before or after the update '
@@ -310,7 +310,7 @@ METHODS = {
   'adam4bit': Method(
     'Adam in 4 bits',
     'https://arxiv.org/abs/2309.01507',
-    '`m n` bytes and a scale every 128',
+    '`m n (1 + 1 / 16)` bytes, codes and scales',
     'as in 8 bits',
     'as AdamW with an eighth of its state',
     'torchao uses plain blocks where the paper normalises the second moment by rank one.',
@@ -318,15 +318,15 @@ METHODS = {
   'lion8bit': Method(
     'Lion in 8 bits',
     'https://arxiv.org/abs/2110.02861',
-    '`m n` bytes and a scale every 256',
+    '`m n (1 + 1 / 64)` bytes, codes and scales',
     'as in 8 bits',
     'as Lion with a quarter of its state',
-    '',
+    "bitsandbytes' blocks run over the flattened leaf and straddle devices.",
   ),
   'galore8bit': Method(
     'GaLore with 8-bit moments',
     'https://arxiv.org/abs/2403.03507',
-    '`4 r a + 2 r c` bytes and a scale every 256',
+    '`4 r a + 2 r c (1 + 1 / 64)` bytes',
     'as GaLore, and codes',
     'for the published 7B recipe',
     '`compat.galore_adamw8bit`.',
@@ -335,7 +335,7 @@ METHODS = {
   'q_galore8bit': Method(
     'Q-GaLore with 8-bit moments',
     'https://arxiv.org/abs/2407.08296',
-    'basis as Q-GaLore, `2 r c` bytes and a scale every 256',
+    '`a (r / 2 + 4 ceil(r / 128)) + 28` bytes of basis, `2 r c (1 + 1 / 64)` bytes of moments',
     'as Q-GaLore, and codes',
     "for the published recipe, with `weights='int8'`",
     '`compat.q_galore_adamw8bit`.',
@@ -344,10 +344,10 @@ METHODS = {
   'apollo_mini8bit': Method(
     'APOLLO-Mini with 8-bit moments',
     'https://arxiv.org/abs/2412.05270',
-    '`2 c + 1`; embedding and head `2 m n` bytes',
+    '`2 c (1 + 1 / 64) + 4` bytes; `2 c + 1` where c is below 4,096',
     'as APOLLO-Mini, and codes',
-    'where the moments of embedding and head are what weighs',
-    '',
+    'where the moments of embedding and head, `2 m n` bytes, are what weighs',
+    "apollo-torch's `QAPOLLOAdamW`, whose blocks run over the flattened leaf.",
   ),
 }
 
