@@ -67,7 +67,8 @@ def default() -> ConfigDict:
   c.step = 'whole_tree'
   # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
   # what the method's authors chose. With `keep` a layer finds its state again at its next turn in
-  # lisa; with `ends` embedding and head have turns in badam.
+  # lisa; with `ends` embedding and head have turns in badam. The learning rate of hift advances once
+  # all groups had a turn: from the zero of a warm-up, so that the first moves nothing.
   c.groups = ConfigDict(dict(size=0, every=0, order='', keep=False, ends=False))
   # Of step='hybrid': the last layers are trained by this optimizer on gradients, the others by
   # `optimizer` on values.

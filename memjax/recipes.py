@@ -115,7 +115,8 @@ def layerwise_llama(method: str, arg: str, size: str = '7b', weights: str = ''):
   """Returns the config of a method that updates one layer at a time.
 
   The published update of 512 x 256 tokens keeps the layers' inputs, 32 GiB at 7B over all devices;
-  on a single one, choose a smaller `batch_size`.
+  on a single one, choose a smaller `batch_size`, or for projected methods that do not clip
+  `accumulate_in='subspace'`, which keeps those of one micro-batch.
 
   Args:
     method: A key of `LAYERWISE`.
