@@ -67,8 +67,8 @@ def default() -> ConfigDict:
   c.step = 'whole_tree'
   # Layers in a group, updates between switches, and bottom2up, top2down or random; 0 and '' are
   # what the method's authors chose. With `keep` a layer finds its state again at its next turn in
-  # lisa; with `ends` embedding and head have turns in badam. The learning rate of hift advances once
-  # all groups had a turn: from the zero of a warm-up, so that the first moves nothing.
+  # lisa; with `ends` embedding and head have turns in badam. hift's learning rate advances when all
+  # groups had a turn: from the zero of a warm-up, so that their first moves nothing.
   c.groups = ConfigDict(dict(size=0, every=0, order='', keep=False, ends=False))
   # Of step='hybrid': the last layers are trained by this optimizer on gradients, the others by
   # `optimizer` on values.
@@ -309,8 +309,8 @@ def _check_step(c: ConfigDict) -> None:
   whole_tree.check_accumulation(c.accumulate_in, c.clip_norm)
   if c.accumulate_in != 'weights' and c.step not in ('whole_tree', 'layerwise'):
     raise ValueError(
-      f'config.accumulate_in is {c.accumulate_in!r}, which config.step={c.step!r} does not read; set '
-      "config.accumulate_in='weights', or config.step='whole_tree' or 'layerwise'"
+      f'config.accumulate_in is {c.accumulate_in!r}, which config.step={c.step!r} does not read; '
+      "set config.accumulate_in='weights', or config.step='whole_tree' or 'layerwise'"
     )
   if c.step != 'whole_tree' and c.remat not in ('none', 'full'):
     raise ValueError(
