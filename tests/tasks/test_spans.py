@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memjax import tasks
-from memjax.data.tokenizers import Frame, open_tokenizer
+from memjax.data.tokenizers import Frame, open_tokenizer, train_bpe
 from memjax.models import create
 from memjax.tasks import spans
 
@@ -109,3 +109,24 @@ def test_a_head_for_spans_is_trained_and_measured(tmp_path):
   found = tasks.predict(model, params, task, data, 4)
   assert all(text in CONTEXT for text in found)
   assert set(tasks.measure(model, params, task, data, 4)) == {'token_f1', 'exact_match'}
+
+
+def test_tokenizer_files_say_where_their_tokens_lie_in_the_text(tmp_path):
+  """In the text as it was given, whatever is normalised; a blank may belong to the token after."""
+  import tokenizers
+
+  vocab = {'[UNK]': 0, '[SEP]': 1, 'zug': 2, 'koln': 3}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token='[UNK]'))
+  made.normalizer = tokenizers.normalizers.BertNormalizer()
+  made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  made.add_special_tokens(['[SEP]'])
+  made.save(str(tmp_path / 'words.json'))
+  (tmp_path / 'bytes.json').write_text(train_bpe([CONTEXT] * 9, 290))
+  for name in ('words', 'bytes'):
+    opened = open_tokenizer(
+      str(tmp_path / f'{name}.json'), None, vocab_size=300, cache_dir=tmp_path
+    )
+    found = opened.spans(CONTEXT)
+    assert len(found) == len(opened.encode(CONTEXT))
+    inside = [i for i, (a, b) in enumerate(found) if a < 20 and b > 16]
+    assert CONTEXT[found[inside[0]][0] : found[inside[-1]][1]].strip() == 'Köln'
