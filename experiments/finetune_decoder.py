@@ -85,9 +85,8 @@ def main(_):
   groups = {}
   for seed in range(SEEDS.value):
     for name, method in chosen_methods().items():
-      run = directory / f'{name}-{seed}'
-      train(config_of(method, seed), run)
-      groups.setdefault(name, []).append(result(run, method, untrained))
+      found = run(method, seed, directory / f'{name}-{seed}', untrained)
+      groups.setdefault(name, []).append(found)
       (directory / 'results.json').write_text(json.dumps(groups, indent=2) + '\n')
       (directory / 'results.md').write_text(table(groups, untrained))
       draw(groups, directory)
@@ -139,6 +138,16 @@ def measure_untrained(directory: pathlib.Path) -> float:
     config = config_of(METHODS_BY_NAME['adamw'], seed=0)
     memjax.evaluate(MODEL.value, config=config, directory=report.parent)
   return json.loads(report.read_text())['tasks'][TASK.value]['accuracy']
+
+
+def run(method: Method, seed: int, directory: pathlib.Path, untrained: float) -> dict:
+  """Trains, unless a run of as many updates has finished, and returns what it left."""
+  config, left = config_of(method, seed), directory / 'result.json'
+  found = json.loads(left.read_text()) if left.is_file() else None
+  if found is None or found['accuracy'][-1][0] != config.steps:
+    train(config, directory)
+    left.write_text(json.dumps(result(directory, method, untrained), indent=2) + '\n')
+  return json.loads(left.read_text())
 
 
 def result(directory: pathlib.Path, method: Method, untrained: float) -> dict:
