@@ -73,7 +73,8 @@ def _file(task, path) -> Iterator[tuple[str, dict]]:
   if kind not in READERS:
     raise ValueError(f'{path}: rows are read from {", ".join(READERS)}, not from {kind!r}')
   opener = gzip.open if path.suffix == '.gz' else open
-  encoding = 'latin-1' if kind == '.label' else 'utf-8'  # As they were published.
+  # As they were published; spreadsheets put a mark before the first field.
+  encoding = 'latin-1' if kind == '.label' else 'utf-8-sig'
   try:
     with opener(path, 'rt', encoding=encoding, newline='') as file:
       yield from READERS[kind](task, path, file)

@@ -161,7 +161,7 @@ def test_tsv_has_fields_in_its_first_line_or_the_tasks_own(tmp_path):
   ('name', 'file', 'text'),
   [
     ('sst5', 'a.csv', '3,"a fine, fine film"\n0,bad\n'),
-    ('sst5', 'a.csv', 'text,label\n"a fine, fine film",3\n\nbad,0\n'),
+    ('sst5', 'a.csv', '\ufefftext,label\n"a fine, fine film",3\n\nbad,0\n'),
     ('trec', 'a.label', 'HUM:ind a fine, fine film\nDESC:def bad\n'),
   ],
 )
