@@ -41,9 +41,11 @@ def adam_mini(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   *,
+  model_sharding: bool | None = None,
   dim: int = 2048,
   n_heads: int = 32,
   n_kv_heads: int | None = None,
+  verbose: bool = True,
   name: Callable[[str], str] = default_name,
 ) -> optax.GradientTransformationExtraArgs:
   """`adam_mini.Adam_mini` 1.1.1, on Flax kernels `[..., in, out]`.
@@ -66,9 +68,11 @@ def adam_mini(
     betas: Decay rates of the two moments.
     eps: See above.
     weight_decay: Decoupled decay.
+    model_sharding: Changes nothing, as in the package.
     dim: Width of the model.
     n_heads: Attention heads.
     n_kv_heads: See above.
+    verbose: Changes nothing; what the package prints is not printed.
     name: Function of a path such as `'blocks/attn/q/kernel'` that returns the name to look at.
 
   Returns:
@@ -78,6 +82,7 @@ def adam_mini(
     ValueError: for numbers of heads that do not divide; at `init`, naming the leaf, for a kernel
       that does not divide into heads.
   """
+  del model_sharding, verbose
   if n_kv_heads is not None and n_heads % n_kv_heads:
     raise ValueError(f'n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}')
   head_numel = dim * dim // n_heads

@@ -21,6 +21,7 @@ def apollo_adamw(
   correct_bias: bool = True,
   scale_front: bool = False,
   disable_nl: bool = False,
+  no_deprecation_warning: bool = True,
   *,
   rank: int,
   update_proj_gap: int = 200,
@@ -62,6 +63,7 @@ def apollo_adamw(
     correct_bias: Whether the step size corrects the moments' bias.
     scale_front: See above; changes nothing here.
     disable_nl: Whether to leave out the limit on the growth of norms.
+    no_deprecation_warning: Changes nothing.
     rank: Subspace dimension; the package's Mini is 1.
     update_proj_gap: Updates between two projections.
     scale: Square of the factor on projected updates; the package's Mini scripts use 128.
@@ -82,7 +84,7 @@ def apollo_adamw(
     ValueError: for an unknown word; at `init` for a kernel with a side below `rank`; and as
       `project`.
   """
-  del scale_front
+  del scale_front, no_deprecation_warning
   if proj_type != 'std':
     raise ValueError(
       f"proj_type must be 'std', as no other works in the package; got {proj_type!r}"

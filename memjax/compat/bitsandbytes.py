@@ -9,7 +9,9 @@ import optax
 
 from memjax.compat import flat_blocks
 from memjax.compat.flat_blocks import Flat
+from memjax.compat.pasted import check_bitsandbytes
 from memjax.naming import path_string
+from memjax.transforms import units
 from memjax.transforms.bias import bias
 
 BLOCK = 256
@@ -28,7 +30,11 @@ def adamw8bit(
   betas: tuple[float, float] = (0.9, 0.999),
   eps: float = 1e-8,
   weight_decay: float = 1e-2,
+  amsgrad: bool = False,
+  optim_bits: int = 32,
+  args: None = None,
   min_8bit_size: int = 4096,
+  is_paged: bool = False,
   *,
   backend: Literal['cuda', 'cpu'] = 'cuda',
 ) -> optax.GradientTransformation:
@@ -49,22 +55,28 @@ def adamw8bit(
     - CUDA's fast division and powers, an ulp or two of f32.
     - The look-up tables that the CPU kernel of 0.50 rounds by: it codes zero as 5.5e-6. Here codes
       are the nearest, as in the package's PyTorch reference.
-    - `max_unorm`, `skip_zeros`, `is_paged` and the overrides a module.
+    - `max_unorm`, `skip_zeros`, `is_paged` and the overrides a module or in `args`.
 
   Args:
     lr: Learning rate, or a schedule of the update count.
     betas: Decay rates of the two moments.
     eps: Added to the bias-corrected root.
     weight_decay: Decoupled decay.
+    amsgrad: False.
+    optim_bits: 32.
+    args: None.
     min_8bit_size: See above.
+    is_paged: False.
     backend: Whose order of operations.
 
   Returns:
     A transform that needs `params`.
 
   Raises:
-    ValueError: for a backend that does not exist; at `update` without `params`.
+    ValueError: for a backend that does not exist, for arguments that are left out, and at `update`
+      without `params`.
   """
+  check_bitsandbytes(amsgrad, optim_bits, args, is_paged)
   if backend not in ('cuda', 'cpu'):
     raise ValueError(f"backend must be 'cuda' or 'cpu', got {backend!r}")
   adam = scale_by_adam8bit(betas, eps, min_8bit_size, backend=backend)
@@ -100,14 +112,13 @@ def scale_by_adam8bit(
 
   def init(params):
     def first(path, p):
-      layers = p.shape[0] if p.ndim > 2 else 1
-      if p.size // layers < min_8bit_size:
+      flat = flat_blocks.flatten(path, p)
+      if flat.shape[-1] < min_8bit_size:
         return jnp.zeros(p.shape, jnp.float32)
-      flat = flat_blocks.flatten(p, flat_blocks.is_kernel(path_string(path), p))
       scales = (*flat.shape[:-1], -(-flat.shape[-1] // BLOCK))
       return Flat(jnp.zeros(flat.shape, jnp.uint8), jnp.zeros(scales))
 
-    zeros = lambda: jax.tree_util.tree_map_with_path(first, params)
+    zeros = lambda: units.map_with_path(first, params)
     return Adam8bitState(jnp.zeros([], jnp.int32), zeros(), zeros())
 
   def update(updates, state, params=None):
@@ -116,22 +127,21 @@ def scale_by_adam8bit(
     correction1, correction2 = bias(b1, count), jnp.sqrt(bias(b2, count))
 
     def step(path, g, state1, state2):
-      transposed = flat_blocks.is_kernel(path_string(path), g)
       g = g.astype(jnp.float32)
-      m = b1 * _decode(state1, maps[0], g.shape, transposed) + (1 - b1) * g
-      v = b2 * _decode(state2, maps[1], g.shape, transposed) + (1 - b2) * g * g
+      m = b1 * _decode(path, state1, maps[0], g) + (1 - b1) * g
+      v = b2 * _decode(path, state2, maps[1], g) + (1 - b2) * g * g
       if backend == 'cuda':
         m, v = (jnp.where(jnp.isfinite(g), x, 0) for x in (m, v))
       u = correction2 / correction1 * (m / (jnp.sqrt(v) + eps * correction2))
       return (
         u,
-        _encode(m, state1, maps[0], transposed, keep_sign=backend == 'cuda'),
-        _encode(v, state2, maps[1], transposed),
+        _encode(path, m, state1, maps[0], keep_sign=backend == 'cuda'),
+        _encode(path, v, state2, maps[1]),
       )
 
     paths, tree = jax.tree_util.tree_flatten_with_path(updates)
     moments = (tree.flatten_up_to(x) for x in (state.state1, state.state2))
-    made = [step(path, g, *leaves) for (path, g), *leaves in zip(paths, *moments)]
+    made = [step(path_string(path), g, *leaves) for (path, g), *leaves in zip(paths, *moments)]
     u, state1, state2 = (tree.unflatten(x) for x in zip(*made))
     return u, Adam8bitState(count, state1, state2)
 
@@ -157,13 +167,13 @@ def dequantise(packed: Flat, table: np.ndarray) -> jax.Array:
   return flat_blocks.join(numbers * packed.scales[..., None], packed.codes.shape[-1])
 
 
-def _decode(moment, table, shape, transposed):
+def _decode(path, moment, table, like):
   if not isinstance(moment, Flat):
     return moment
-  return flat_blocks.unflatten(dequantise(moment, table), shape, transposed)
+  return flat_blocks.unflatten(path, dequantise(moment, table), like)
 
 
-def _encode(moment, like, table, transposed, keep_sign=False):
-  if not isinstance(like, Flat):
+def _encode(path, moment, old, table, keep_sign=False):
+  if not isinstance(old, Flat):
     return moment
-  return quantise(flat_blocks.flatten(moment, transposed), table, keep_sign)
+  return quantise(flat_blocks.flatten(path, moment), table, keep_sign)

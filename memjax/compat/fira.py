@@ -16,6 +16,7 @@ def fira_adamw(
   eps: float = 1e-6,
   weight_decay: float = 0.0,
   correct_bias: bool = True,
+  no_deprecation_warning: bool = False,
   *,
   rank: int = 8,
   update_proj_gap: int = 200,
@@ -49,6 +50,7 @@ def fira_adamw(
     eps: See above.
     weight_decay: Decoupled decay.
     correct_bias: Whether the step size corrects the moments' bias.
+    no_deprecation_warning: Changes nothing.
     rank: Subspace dimension.
     update_proj_gap: Updates between two bases.
     alpha: Factor on projected updates; the package's training scripts use 0.25 and less.
@@ -63,6 +65,7 @@ def fira_adamw(
   Raises:
     ValueError: for an unknown `proj_type`, and as `project`.
   """
+  del no_deprecation_warning
   types = [name for name in PROJ_TYPES if name != 'full']
   if proj_type not in types:
     raise ValueError(f'proj_type must be one of {", ".join(types)}; got {proj_type!r}')

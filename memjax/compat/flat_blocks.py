@@ -1,7 +1,8 @@
 """Blocks of flattened tensors, and tables of codes, as the PyTorch packages keep 8-bit state.
 
 Shapes in this file: a PyTorch tensor of `N` numbers is `[N]`; `L` layers stacked in a leaf are `L`
-tensors, `[L, N]`. A block of `b` numbers of the flattened tensor shares a scale.
+tensors, `[L, N]`, be they matrices or vectors. A block of `b` numbers of the flattened tensor
+shares a scale.
 """
 
 import re
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.transforms import units
+
 
 class Flat(NamedTuple):
   """A quantised tensor."""
@@ -19,22 +22,22 @@ class Flat(NamedTuple):
   scales: jax.Array  # f32[..., ceil(N / b)].
 
 
-def flatten(x: jax.Array, transposed: bool) -> jax.Array:
-  """Returns the numbers in PyTorch's order: a Flax kernel is its weight transposed."""
-  x = x.mT if transposed else x
-  return x.reshape(*x.shape[:1], -1) if x.ndim > 2 else x.reshape(-1)
+def flatten(path: str, x: jax.Array) -> jax.Array:
+  """Returns each tensor's numbers in PyTorch's order: a Flax kernel is its weight transposed."""
+  batch = units.batch_shape(path, x)
+  return (x.mT if _is_kernel(path, x) else x).reshape(*batch, -1)
 
 
-def unflatten(flat: jax.Array, shape, transposed: bool) -> jax.Array:
-  """Undoes `flatten`."""
-  if not transposed:
-    return flat.reshape(shape)
-  return flat.reshape(*shape[:-2], shape[-1], shape[-2]).mT
+def unflatten(path: str, flat: jax.Array, like: jax.Array) -> jax.Array:
+  """Undoes `flatten` of an array of the shape of `like`."""
+  if not _is_kernel(path, like):
+    return flat.reshape(like.shape)
+  return flat.reshape(like.mT.shape).mT
 
 
-def is_kernel(path: str, leaf) -> bool:
+def _is_kernel(path, leaf) -> bool:
   """Whether a leaf is the transpose of its PyTorch weight."""
-  return leaf.ndim > 1 and re.search(r'kernel$', path) is not None
+  return leaf.ndim > 1 and re.search(r'kernel$', units.adapted_path(path)) is not None
 
 
 def blocks(flat: jax.Array, size: int) -> jax.Array:

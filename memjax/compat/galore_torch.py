@@ -23,6 +23,7 @@ def galore_adamw(
   eps: float = 1e-6,
   weight_decay: float = 0.0,
   correct_bias: bool = True,
+  no_deprecation_warning: bool = False,
   *,
   rank: int,
   update_proj_gap: int = 200,
@@ -56,6 +57,7 @@ def galore_adamw(
     eps: See above.
     weight_decay: Decoupled decay.
     correct_bias: Whether the step size corrects the moments' bias.
+    no_deprecation_warning: Changes nothing.
     rank: Subspace dimension.
     update_proj_gap: Updates between two bases.
     scale: Factor on projected updates; the package's training scripts use 0.25.
@@ -70,6 +72,7 @@ def galore_adamw(
   Raises:
     ValueError: for an unknown `proj_type`, and as `project`.
   """
+  del no_deprecation_warning
   if proj_type not in PROJ_TYPES:
     raise ValueError(f'proj_type must be one of {", ".join(PROJ_TYPES)}; got {proj_type!r}')
   projected = project(

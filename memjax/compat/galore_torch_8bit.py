@@ -7,6 +7,7 @@ import optax
 from memjax.compat.bitsandbytes import scale_by_adam8bit
 from memjax.compat.galore_torch import PROJ_TYPES
 from memjax.compat.hf_adam import decay_updated
+from memjax.compat.pasted import check_bitsandbytes
 from memjax.transforms.bases import svd
 from memjax.transforms.project import project
 from memjax.transforms.targets import Targets, default_targets
@@ -17,7 +18,13 @@ def galore_adamw8bit(
   betas: tuple[float, float] = (0.9, 0.999),
   eps: float = 1e-8,
   weight_decay: float = 1e-2,
+  amsgrad: bool = False,
+  optim_bits: int = 32,
+  args: None = None,
   min_8bit_size: int = 4096,
+  percentile_clipping: int = 100,
+  block_wise: bool = True,
+  is_paged: bool = False,
   *,
   rank: int,
   update_proj_gap: int = 200,
@@ -46,7 +53,13 @@ def galore_adamw8bit(
     betas: Decay rates of the two moments.
     eps: See above.
     weight_decay: Decoupled decay.
+    amsgrad: False.
+    optim_bits: 32.
+    args: None.
     min_8bit_size: See above.
+    percentile_clipping: 100.
+    block_wise: True.
+    is_paged: False.
     rank: Subspace dimension.
     update_proj_gap: Updates between two bases.
     scale: Factor on projected updates.
@@ -58,8 +71,9 @@ def galore_adamw8bit(
     A transform that needs `params` if `weight_decay` is not 0.
 
   Raises:
-    ValueError: for an unknown `proj_type`, and as `project`.
+    ValueError: for an unknown `proj_type`, as `adamw8bit`, and as `project`.
   """
+  check_bitsandbytes(amsgrad, optim_bits, args, is_paged, percentile_clipping, block_wise)
   if proj_type not in PROJ_TYPES:
     raise ValueError(f'proj_type must be one of {", ".join(PROJ_TYPES)}; got {proj_type!r}')
   projected = project(

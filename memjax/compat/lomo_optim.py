@@ -4,11 +4,15 @@ The package updates inside the backward pass; its arithmetic is here, for whole 
 and for layers alike.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from memjax import transforms
+from memjax.compat.pasted import only_default
 from memjax.transforms.float32 import in_float32
 
 
@@ -17,6 +21,7 @@ def lomo(
   clip_grad_norm: float | None = None,
   clip_grad_value: float | None = None,
   weight_decay: float = 0.0,
+  loss_scale_args: Mapping[str, float] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
   """`lomo_optim.Lomo` 0.1.1: gradient descent without state.
 
@@ -26,8 +31,7 @@ def lomo(
     - Every leaf decays, norms too.
 
   Left out:
-    - The scaling of f16 losses, and with it `loss_scale_args`; and `model`, since a transform sees
-      gradients only.
+    - The scaling of f16 losses; and `model`, since a transform sees gradients only.
     - The crash when `clip_grad_norm` is set and the first of its two passes was not called: here
       the norm is that of the gradients given.
 
@@ -36,13 +40,15 @@ def lomo(
     clip_grad_norm: Largest norm of all gradients together.
     clip_grad_value: Largest magnitude of a gradient's entry.
     weight_decay: Decoupled decay.
+    loss_scale_args: None but the package's default.
 
   Returns:
     A transform that yields updates to be added to the parameters.
 
   Raises:
-    ValueError: for a `clip_grad_norm` that is not positive.
+    ValueError: for a `clip_grad_norm` that is not positive; for `loss_scale_args`.
   """
+  only_default('loss_scale_args', dict(loss_scale_args), {}, 'bfloat16 needs no scaled losses')
   steps = optax.chain(
     _clip(clip_grad_norm, clip_grad_value),
     optax.add_decayed_weights(weight_decay),
@@ -53,6 +59,7 @@ def lomo(
 
 def adalomo(
   lr: optax.ScalarOrSchedule = 1e-3,
+  loss_scale: float = 1024,
   eps: tuple[float, float] = (1e-30, 1e-3),
   clip_threshold: float = 1.0,
   decay_rate: float = -0.8,
@@ -69,12 +76,12 @@ def adalomo(
     - Gradients are clipped as by `compat.lomo`, before the statistics.
 
   Left out:
-    - `loss_scale`, a power of two that the package multiplies in and divides out again; and
-      `model`.
+    - `model`.
     - Leaves with more than two axes, which the package cannot hold: a stack is its matrices here.
 
   Args:
     lr: Learning rate, or a schedule of the update count, relative to the weights.
+    loss_scale: Changes nothing: the package multiplies it in and divides it out again.
     eps: Added to the squared gradient; smallest RMS that weights count with.
     clip_threshold: Largest RMS of a matrix's update before it is scaled.
     decay_rate: Power of the update's number in the decay.
@@ -88,6 +95,7 @@ def adalomo(
   Raises:
     ValueError: for a `clip_grad_norm` that is not positive.
   """
+  del loss_scale
   rule = transforms.adalomo(
     lr,
     decay_rate=-decay_rate,

@@ -8,6 +8,7 @@ import optax
 
 from memjax.compat.bitsandbytes import scale_by_adam8bit
 from memjax.compat.hf_adam import decay_updated
+from memjax.compat.pasted import check_bitsandbytes, only_default
 from memjax.transforms.bases import svd
 from memjax.transforms.intervals import Interval
 from memjax.transforms.project import project
@@ -20,7 +21,13 @@ def q_galore_adamw8bit(
   betas: tuple[float, float] = (0.9, 0.999),
   eps: float = 1e-8,
   weight_decay: float = 1e-2,
+  amsgrad: bool = False,
+  optim_bits: int = 32,
+  args: None = None,
   min_8bit_size: int = 4096,
+  percentile_clipping: int = 100,
+  block_wise: bool = True,
+  is_paged: bool = False,
   *,
   rank: int,
   update_proj_gap: int = 200,
@@ -31,6 +38,7 @@ def q_galore_adamw8bit(
   cos_threshold: float = 0.4,
   gamma_proj: float = 2,
   queue_size: int = 5,
+  proj_type: str = 'std',
   targets: Targets = None,
   backend: Literal['cuda', 'cpu'] = 'cuda',
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,7 +67,13 @@ def q_galore_adamw8bit(
     betas: Decay rates of the two moments; the package's scripts use 0.9, 0.95.
     eps: Added to the root of the second moment, after bias correction.
     weight_decay: Decoupled decay.
+    amsgrad: False.
+    optim_bits: 32.
+    args: None.
     min_8bit_size: See above.
+    percentile_clipping: 100.
+    block_wise: True.
+    is_paged: False.
     rank: Subspace dimension.
     update_proj_gap: Updates between two bases, to begin with.
     scale: Factor on projected updates; the package's scripts use 0.25.
@@ -69,6 +83,7 @@ def q_galore_adamw8bit(
     cos_threshold: See above.
     gamma_proj: See above.
     queue_size: See above.
+    proj_type: `'std'`, as no other works in the package.
     targets: Leaves of the package's low-rank group, as in `project`; `default_targets` if None.
       Other leaves get its plain AdamW.
     backend: Whose 8-bit kernel, see `adamw8bit`.
@@ -77,8 +92,10 @@ def q_galore_adamw8bit(
     A transform that needs `params` if `weight_decay` is not 0.
 
   Raises:
-    ValueError: if a group does not divide a basis, and as `project`.
+    ValueError: if a group does not divide a basis, as `adamw8bit`, and as `project`.
   """
+  check_bitsandbytes(amsgrad, optim_bits, args, is_paged, percentile_clipping, block_wise)
+  only_default('proj_type', proj_type, 'std', 'the package projects the shorter side alone')
   ranks, targets = _rank(rank), default_targets if targets is None else targets
 
   def is_projected(params):

@@ -9,7 +9,9 @@ import optax
 
 from memjax.compat import flat_blocks
 from memjax.compat.flat_blocks import Flat
+from memjax.compat.pasted import only_default
 from memjax.naming import path_string
+from memjax.transforms import units
 
 
 class AdamAoState(NamedTuple):
@@ -25,8 +27,10 @@ def adamw8bit_ao(
   betas: tuple[float, float] = (0.9, 0.999),
   eps: float = 1e-8,
   weight_decay: float = 1e-2,
+  amsgrad: bool = False,
   *,
   block_size: int | None = None,
+  bf16_stochastic_round: bool = False,
   bits: Literal[8, 4, 'fp8'] = 8,
 ) -> optax.GradientTransformation:
   """`torchao.optim.AdamW8bit` 0.18, `AdamW4bit` and `AdamWFp8`, on Flax kernels `[..., in, out]`.
@@ -41,23 +45,28 @@ def adamw8bit_ao(
     - Bias corrections `1 - b**t` in f32, which keep five digits of 1 - 0.999.
     - Decay before the step, `p -= lr wd p`.
 
-  Left out: `amsgrad`, `bf16_stochastic_round` (see `memjax.apply_updates`), and the dependence of
-  the size rule on the shard.
+  Left out: `amsgrad`, `bf16_stochastic_round`, and the dependence of the size rule on the shard.
 
   Args:
     lr: Learning rate, or a schedule of the update count.
     betas: Decay rates of the two moments.
     eps: Added to the bias-corrected root.
     weight_decay: Decoupled decay.
+    amsgrad: False.
     block_size: 256, for 4 bits 128, if None.
+    bf16_stochastic_round: False; `memjax.apply_updates` with a key rounds so.
     bits: 8, 4 or `'fp8'`.
 
   Returns:
     A transform that needs `params`.
 
   Raises:
-    ValueError: for bits that do not exist; at `update` without `params`.
+    ValueError: for bits that do not exist, for arguments that are left out, and at `update` without
+      `params`.
   """
+  only_default('amsgrad', amsgrad, False, 'optax.amsgrad has it, in f32')
+  rounded = 'use memjax.apply_updates(params, updates, key=...)'
+  only_default('bf16_stochastic_round', bf16_stochastic_round, False, rounded)
   if bits not in (8, 4, 'fp8'):
     raise ValueError(f"bits must be 8, 4 or 'fp8', got {bits!r}")
   b1, b2 = betas
@@ -66,7 +75,7 @@ def adamw8bit_ao(
 
   def init(params):
     def first(path, p):
-      flat = flat_blocks.flatten(p, flat_blocks.is_kernel(path_string(path), p))
+      flat = flat_blocks.flatten(path, p)
       *layers, numbers = flat.shape
       if numbers < 4096 or numbers % block:
         return jnp.zeros_like(p)
@@ -74,7 +83,7 @@ def adamw8bit_ao(
       codes = jnp.zeros((*layers, numbers // 2 if bits == 4 else numbers), dtype)
       return Flat(codes, jnp.zeros((*layers, numbers // block)))
 
-    zeros = lambda: jax.tree_util.tree_map_with_path(first, params)
+    zeros = lambda: units.map_with_path(first, params)
     return AdamAoState(jnp.zeros([], jnp.int32), zeros(), zeros())
 
   def update(updates, state, params=None):
@@ -85,19 +94,18 @@ def adamw8bit_ao(
     correction1, correction2 = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in betas)
 
     def step(path, g, p, avg, avg_sq):
-      transposed = flat_blocks.is_kernel(path_string(path), g)
       g, weight = g.astype(jnp.float32), p.astype(jnp.float32)
-      read = lambda x, table: _decode(x, table, g.shape, transposed)
+      read = lambda x, table: _decode(path, x, table, g)
       m, v = read(avg, tables[0]), read(avg_sq, tables[1])
       m, v = m + (1 - b1) * (g - m), v + (1 - b2) * (g * g - v)
       u = m / correction1 / (jnp.sqrt(v) / jnp.sqrt(correction2) + eps)
       moved = -rate * weight_decay * weight - rate * u
-      write = lambda new, old, table: _encode(new, old, table, block, transposed)
+      write = lambda new, old, table: _encode(path, new, old, table, block)
       return moved.astype(p.dtype), write(m, avg, tables[0]), write(v, avg_sq, tables[1])
 
     paths, tree = jax.tree_util.tree_flatten_with_path(updates)
     others = (tree.flatten_up_to(x) for x in (params, state.exp_avg, state.exp_avg_sq))
-    made = [step(path, g, *leaves) for (path, g), *leaves in zip(paths, *others)]
+    made = [step(path_string(path), g, *leaves) for (path, g), *leaves in zip(paths, *others)]
     moved, avg, avg_sq = (tree.unflatten(x) for x in zip(*made))
     return moved, AdamAoState(count, avg, avg_sq)
 
@@ -145,13 +153,13 @@ def dequantise(packed: Flat, table: np.ndarray | None) -> jax.Array:
   return (cut * packed.scales[..., None]).reshape(numbers.shape)
 
 
-def _decode(moment, table, shape, transposed):
+def _decode(path, moment, table, like):
   if not isinstance(moment, Flat):
     return moment.astype(jnp.float32)
-  return flat_blocks.unflatten(dequantise(moment, table), shape, transposed)
+  return flat_blocks.unflatten(path, dequantise(moment, table), like)
 
 
-def _encode(moment, like, table, block, transposed):
-  if not isinstance(like, Flat):
-    return moment.astype(like.dtype)
-  return quantise(flat_blocks.flatten(moment, transposed), table, block)
+def _encode(path, moment, old, table, block):
+  if not isinstance(old, Flat):
+    return moment.astype(old.dtype)
+  return quantise(flat_blocks.flatten(path, moment), table, block)
