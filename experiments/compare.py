@@ -1,16 +1,18 @@
 """Trains several configs on the same tokens and compares them: one table, one picture.
 
     python experiments/compare.py
+    python experiments/compare.py --methods=all
     python experiments/compare.py --configs='configs/quickstart.py:method=adamw
     configs/quickstart.py:method=galore'
 
-Without `--configs`: AdamW, Adafactor, and GaLore with either basis, 1,000 steps each. A finished
-run is not repeated; a killed one resumes. Leaves `compare.json` and `compare.png` in `--workdir`,
-and each run's own files below it.
+Without `--configs`: methods of the quick start, 1,000 steps each; AdamW, Adafactor, and GaLore with
+either basis, if no others are named. A finished run is not repeated; a killed one resumes. Leaves
+`compare.json` and `compare.png` in `--workdir`, and each run's own files below it.
 """
 
 import json
 import pathlib
+import runpy
 import statistics
 
 from absl import app, flags, logging
@@ -23,12 +25,11 @@ from memjax import command, metrics
 from memjax import config as config_lib
 from memjax.train import train
 
-DEFAULT = ' '.join(
-  f'configs/quickstart.py:method={method},steps=1000,seq_len=64'
-  for method in ('adamw', 'adafactor', 'galore', 'galore_svd')
+METHODS = flags.DEFINE_list(
+  'methods', 'adamw,adafactor,galore,galore_svd', 'Methods of configs/quickstart.py, or all.'
 )
 CONFIGS = flags.DEFINE_spaceseplist(
-  'configs', DEFAULT, 'Config files with arguments, separated by spaces.'
+  'configs', [], 'In their place: config files with arguments, separated by spaces.'
 )
 WORKDIR = flags.DEFINE_string('workdir', 'runs/compare', 'Where the runs and the results go.')
 MIB = 2**20
@@ -37,7 +38,7 @@ MIB = 2**20
 def main():
   logging.set_verbosity(logging.WARNING)  # Checkpointing tells every step it takes at INFO.
   directory = pathlib.Path(WORKDIR.value)
-  configs = read(CONFIGS.value)
+  configs = read(CONFIGS.value or quickstart_specs(METHODS.value))
   check_alike(configs)
   for name, config in configs.items():
     train(config, directory / name)
@@ -46,6 +47,14 @@ def main():
   (directory / 'compare.json').write_text(json.dumps(rows, indent=2) + '\n')
   Console().print(table(rows))
   draw(rows, directory)
+
+
+def quickstart_specs(methods: list[str]) -> list[str]:
+  """Returns configs of the quick start with these methods; `['all']` has every one."""
+  if methods == ['all']:
+    quickstart = pathlib.Path(__file__).parents[1] / 'configs' / 'quickstart.py'
+    methods = runpy.run_path(quickstart)['METHODS']
+  return [f'configs/quickstart.py:method={name},steps=1000,seq_len=64' for name in methods]
 
 
 def read(specs: list[str]) -> dict:

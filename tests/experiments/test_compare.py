@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import compare
+from memjax import optimizers
 
 SMOKE = 'configs/quickstart.py:smoke,method='
 
@@ -11,6 +12,13 @@ def test_methods_are_compared():
   configs = compare.read([f'{SMOKE}adamw', f'{SMOKE}galore'])
   compare.check_alike(configs)
   assert len(configs) == 2
+
+
+def test_all_methods_of_the_quick_start_are_alike_but_for_the_method():
+  configs = compare.read(compare.quickstart_specs(['all']))
+  compare.check_alike(configs)
+  names = {config.optimizer.name for config in configs.values()}
+  assert names == optimizers.OPTIMIZERS.keys() - {'sgd'}
 
 
 def test_two_runs_of_one_name_are_refused():
