@@ -62,8 +62,9 @@ def test_long_text_is_cut_at_the_best_place_there_is(tmp_path, end):
   assert all(piece.endswith(end) for piece in pieces)
 
 
-@pytest.mark.parametrize('content', [b'no archive', gzip.compress(b'{"text": "torn"}\n' * 99)[:-9]])
-def test_a_torn_archive_is_named(tmp_path, content):
+@pytest.mark.parametrize('torn', [False, True])
+def test_a_torn_archive_is_named(tmp_path, torn):
+  content = gzip.compress(b'{"text": "torn"}\n' * 99)[:-9] if torn else b'no archive'
   (tmp_path / 'a.jsonl.gz').write_bytes(content)
   with pytest.raises(ValueError, match=r'a\.jsonl\.gz: cannot be read \(.*; fetch the file again'):
     documents(f'jsonl:{tmp_path}/a.jsonl.gz:text')
