@@ -63,11 +63,15 @@ class Program:
 
 
 def _at(count, state):
-  """The state after `count` updates, as far as its counts tell."""
-  is_count = lambda path: getattr(path[-1], 'name', '') == 'count'
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: jnp.broadcast_to(count, x.shape) if is_count(path) else x, state
-  )
+  """The state after `count` updates, as far as its counts and the dates of its refreshes tell."""
+  every = ARGUMENTS['refresh_every']
+  named = {'count': count, 'due': -(-count // every) * every}  # Due as without lazy intervals.
+
+  def reset(path, x):
+    found = [named[n] for entry in path if (n := getattr(entry, 'name', '')) in named]
+    return jnp.broadcast_to(found[-1], x.shape) if found else x
+
+  return jax.tree_util.tree_map_with_path(reset, state)
 
 
 def _least(*programs):

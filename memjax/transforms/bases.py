@@ -151,7 +151,16 @@ def random_subspace() -> Basis:
 
 
 def then(first: Basis, after: int, second: Basis) -> Basis:
-  """Finds bases by `first` in `after` updates, and by `second` from then on."""
+  """Finds bases by `first` in `after` updates, and by `second` from then on.
+
+  Raises:
+    ValueError: for a kind that is drawn anew and not found.
+  """
+  if first.refresh is None or second.refresh is None:
+    raise ValueError(
+      'bases of which one kind follows another are kept, and random_projection() is drawn anew in '
+      'every update; use svd(), subspace_iteration() or random_subspace()'
+    )
 
   def refresh(gradient, previous, key, count):
     arguments = gradient, previous, key, count

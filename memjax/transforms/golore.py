@@ -37,7 +37,7 @@ def scale_by_golore(
     A transform with state `ProjectState`.
 
   Raises:
-    ValueError: as `project`.
+    ValueError: as `project`; for a `basis` that is drawn anew and not kept.
 
   References:
     He et al., `Subspace Optimization for Large Language Models with Convergence Guarantees
