@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from memjax import build, config, sharding
 from memjax.steps import groups
 from memjax.steps.rotations import badam, hift, lisa
-from tests.steps.test_layerwise_transforms import Toy, batch_of, init_params
+from tests.steps.test_layerwise_transforms import RULES, Toy, batch_of, init_params
 
 LAYERS = 3
 ADAMW = functools.partial(optax.adamw, weight_decay=0.1)
@@ -34,9 +35,11 @@ def units(params):
   return [params['embed'], *(layer(i) for i in range(LAYERS)), rest]
 
 
-def run(rotation, steps, **options):
-  state = groups.init_state(init_params, ADAMW, rotation, jax.random.key(0))
-  step = jax.jit(groups.make_train_step(Toy(), ADAMW, rotation, RATE, **options))
+def run(rotation, steps, shardings=None, **options):
+  init = lambda key: groups.init_state(init_params, ADAMW, rotation, key)
+  state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+  step = groups.make_train_step(Toy(), ADAMW, rotation, RATE, shardings=shardings, **options)
+  step = jax.jit(step, out_shardings=shardings and (shardings, None))
   states = [state]
   for i in range(steps):
     state, metrics = step(state, batch_of(i))
@@ -83,6 +86,23 @@ def test_units_train_as_alone_in_their_turn(name):
     np.testing.assert_array_equal(changed, rotation.active(i))
   check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
   jax.tree.map(check, states[-1]['params'], reference(rotation, steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['hift', 'badam ends', 'lisa'])
+def test_units_train_as_alone_on_a_mesh(name):
+  rotation = ROTATIONS[name]()
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  params = jax.eval_shape(init_params, None)
+  where = sharding.param_shardings(params, RULES, mesh)
+  init = lambda: groups.init_state(init_params, ADAMW, rotation, jax.random.key(0))
+  opt = sharding.state_shardings(jax.eval_shape(init)['opt'], params, where)
+  shardings = {'step': jax.NamedSharding(mesh, P()), 'params': where, 'opt': opt}
+  states, _, step = run(rotation, 6, shardings)
+  assert step._cache_size() == 1
+  assert states[-1]['params']['blocks']['mlp']['kernel'].sharding.spec == P(None, 'fsdp')
+  check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  jax.tree.map(check, states[-1]['params'], reference(rotation, 6))
 
 
 class Half(Toy):
