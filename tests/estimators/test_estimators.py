@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import memjax
-from memjax import estimators, weights
+from memjax import estimators, optimizers, weights
 from memjax.estimators.leaves import describe
 from memjax.estimators.low_rank import _RIGHT, _factor, orthonormal, square_sides
 
@@ -331,6 +331,15 @@ def test_orthonormal_factors_are_uniform():
   assert np.abs((q**2).mean(0) - 1 / 6).max() < 0.04
   for size in (12, 97, 4096 * 24):
     assert np.prod(square_sides(size)) == size
+
+
+def test_a_config_reaches_the_square_view_of_long_factors():
+  factor = {'blocks': {'b': jax.ShapeDtypeStruct((2, 2, 24), jnp.float32)}}
+  make = optimizers.ZEROTH_ORDER['subzero']
+  state = jax.eval_shape(make(0.1, rank=4, reshape=True).init, factor)
+  assert state[0].basis['left']['blocks']['b'].shape == (2, 6, 4)  # Of 6 x 8.
+  with pytest.raises(ValueError, match='side below rank 4'):
+    jax.eval_shape(make(0.1, rank=4).init, factor)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from memjax import checkpoint, sharding, transforms, weights
+from memjax import build, checkpoint, config, sharding, transforms, weights
 from memjax.estimators import methods, noise
 from memjax.estimators.spsa import dense
 from memjax.naming import path_string
@@ -192,6 +192,30 @@ def test_flushed_it_has_the_bits_of_the_zeroth_order_step(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ('model', 'dtype'), [('llama_tiny', 'float32'), ('opt_tiny', 'float32'), ('opt_tiny', 'bfloat16')]
+)
+def test_models_have_the_bits_of_the_zeroth_order_step(model, dtype):
+  """Of a config, with Gaussian noise; 16 bits are rounded stochastically."""
+  ends = []
+  for step in ('zeroth_order', 'streamed'):
+    c = config.default()
+    c.model, c.step, c.batch_size, c.seq_len, c.param_dtype = model, step, 2, 8, dtype
+    c.schedule.warmup_ratio = 0.0
+    c.optimizer = config.optimizer('mezo', learning_rate=1e-3, eps=1e-2, weight_decay=DECAY)
+    parts = build.build(c, sharding.make_mesh(devices=jax.devices()[:1]))
+    state = parts.init(build.root_key(c, 'params'))
+    for i in range(2):
+      batch = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch_of(i), parts.batch)
+      state, metrics = parts.step(state, batch)
+    ends.append((parts.flush(state)['params'], metrics['train/loss'], metrics['zo/slope']))
+  assert_same_bits(*ends)
+  begin = parts.init(build.root_key(c, 'params'))['params']
+  moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(begin), ends[0][0])
+  assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('quantised', [False, True], ids=['bf16', 'int8'])
 def test_host_copies_of_few_bits(quantised):
   """Rounded stochastically, by the same noise as all at once; the device computes in f32."""
@@ -288,11 +312,11 @@ def test_a_mesh_divides_the_blocks_and_changes_no_result(run, axis, shape):
   kernel = two['params']['blocks']['up']['kernel']
   assert kernel.sharding.memory_kind == 'pinned_host'
   assert kernel.addressable_shards[0].data.shape == shape
-  expected, found = run.flush(one)['params'], wide.flush(two)['params']
-  # A slope's error of some 1e-5, times learning rate and noise; each update moves by a hundredth.
+  expected, found = jax.device_get((run.flush(one)['params'], wide.flush(two)['params']))
+  # A slope's error of some 1e-5, times learning rate and noise.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), found, expected)
   change = jax.tree.map(lambda x, y: np.abs(x - y).max(), expected, init_params(None))
-  assert min(jax.tree.leaves(change)) > 1e-3
+  assert min(jax.tree.leaves(change)) > 1e-4
 
 
 def test_what_would_have_to_be_streamed_beside_the_weights_is_refused():
