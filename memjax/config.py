@@ -134,8 +134,8 @@ def _takes(field: dataclasses.Field, kind: type) -> bool:
 
   c = ConfigDict()
   c.name = ''  # A key of memjax.tasks.TASKS, or 'jsonl:FILE' with a template; '' trains on text.
-  # Files (.jsonl, .json, .tsv) or 'tfds:NAME@DIR'; '' is the prepared TensorFlow dataset. Without
-  # `dev`, the development set is drawn from `train` as below, else it is `test`.
+  # Files (.jsonl, .json, .csv, .tsv) or 'tfds:NAME@DIR#SPLIT'; '' is the prepared TensorFlow
+  # dataset. Without `dev`, the development set is drawn from `train` as below, else it is `test`.
   c.train, c.dev, c.test = '', '', ''
   c.examples = 0  # Drawn from `train`; 0 takes all.
   c.dev_examples = 0  # Drawn from `train` after them.
