@@ -1,8 +1,8 @@
 """The devices a plan can be made for: TPU slices, NVIDIA cards, and what is here.
 
 A target is a name: `v5e:2x2` (a TPU generation and its slice, in chips), `h100-80g*8` (a card, and
-how many of them on one host), `local` (the devices of this process). The facts of each generation
-and card, with their sources, are in `cards.json`.
+how many of them on one host), `local` (the devices of this process) or `cpu` (those of its CPU).
+The facts of each generation and card, with their sources, are in `cards.json`.
 """
 
 import difflib
@@ -73,7 +73,7 @@ def parse(name: str) -> Target:
     ValueError: for a name that is no target, with the nearest one.
   """
   if name in ('local', 'cpu'):
-    return _local()
+    return _local(name)
   if (match := _SLICE.fullmatch(name)) and match[1] in _facts()['tpus']:
     return _slice(name, match[1], tuple(map(int, match[2].split('x'))))
   if (match := _CARDS.fullmatch(name)) and match[1] in _facts()['cards']:
@@ -122,14 +122,19 @@ def open_devices(target: Target) -> list[jax.Device]:
     ValueError: when the compiler is missing, or knows no such slice.
   """
   if target.platform == 'local':
-    return jax.devices()
+    return jax.devices(_backend(target.name))
   check_installed(target)
   try:
     if target.platform == 'tpu':
-      return _topology('tpu', target.name)
+      return _topology('tpu', target.name, **_chip_config(target.kind))
     text = card_text(target.kind)
     return _topology('cuda', target.kind, topology=f'1x1x{target.devices}', target_config=text)
   except (RuntimeError, NotImplementedError) as e:  # Of jaxlib.
+    if target.platform == 'gpu':  # Any card will do for a compiler that starts.
+      raise ValueError(
+        f"{target.name}: the GPU compiler does not start, as when NVIDIA's libraries are missing; "
+        f"pip install 'memjax[plan-gpu]' (about 3 GB): {e}"
+      ) from e
     raise ValueError(f'{target.name}: the compiler knows no such device: {e}') from e
 
 
@@ -140,15 +145,32 @@ def card_text(kind: str) -> str:
   return _CARD_TEXT.format(major=major, minor=minor, **facts)
 
 
+def facts_text(target: Target) -> str:
+  """Returns all that a compiler is told of a target beside its name; '' of what is here."""
+  if target.platform == 'gpu':
+    return card_text(target.kind)
+  return json.dumps(_chip_config(target.kind)) if target.platform == 'tpu' else ''
+
+
+def _chip_config(kind: str) -> dict:
+  """How libtpu is asked for the devices of a runtime, where that is not its own default."""
+  facts = _facts()['tpus'][kind]
+  return {name: facts[name] for name in ('chip_config_name',) if name in facts}
+
+
 def _topology(platform, name, **options):
   """The one place that asks jax for devices that are not here."""
   return topologies.get_topology_desc(name, platform, **options).devices
 
 
-def _local() -> Target:
-  devices = jax.devices()
-  limit = memory.limit_bytes(jax.local_devices()[0])
-  return Target('local', 'local', devices[0].device_kind, len(devices), limit)
+def _local(name) -> Target:
+  device = jax.local_devices(backend=_backend(name))[0]  # Of another process it would tell nothing.
+  count = jax.device_count(_backend(name))
+  return Target(name, 'local', device.device_kind, count, memory.limit_bytes(device))
+
+
+def _backend(name: str) -> str | None:
+  return 'cpu' if name == 'cpu' else None  # None is JAX's own choice.
 
 
 def _slice(name, kind, sizes) -> Target:

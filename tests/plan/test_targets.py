@@ -19,6 +19,7 @@ PROMISED = {
     ('v5e:16x16', 'tpu', 256),
     ('v5p:8x8x8', 'tpu', 512),
     ('v3:2x2', 'tpu', 8),  # Two cores a chip, and each is a device.
+    ('v4:2x2x1', 'tpu', 4),  # Two cores a chip, that are one device.
     ('rtx4090', 'gpu', 1),
     ('h100-80g*8', 'gpu', 8),
     ('local', 'local', 8),
@@ -74,6 +75,20 @@ def test_a_slice_that_no_pod_has_is_refused_in_a_sentence():
   pytest.importorskip('libtpu')
   with pytest.raises(ValueError, match=r'v5e:3x3: the compiler knows no such device: .*3x3'):
     targets.open_devices(targets.parse('v5e:3x3'))
+
+
+def test_the_limit_of_a_v4_is_that_of_a_whole_chip():
+  assert targets.parse('v4:2x2x1').limit_bytes == 30.75 * 2**30
+
+
+def test_a_gpu_compiler_without_its_libraries_is_named_with_its_extra(monkeypatch):
+  def topology(*_, **__):
+    raise RuntimeError('no libcudart')
+
+  monkeypatch.setattr(targets, 'check_installed', lambda target: None)
+  monkeypatch.setattr(targets, '_topology', topology)
+  with pytest.raises(ValueError, match=r'rtx4090: .* pip install .memjax\[plan-gpu\].*libcudart'):
+    targets.open_devices(targets.parse('rtx4090'))
 
 
 def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
