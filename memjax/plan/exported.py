@@ -85,9 +85,10 @@ def load(job: dict, devices) -> tuple:
 
 def _write_sharding(leaf) -> dict | None:
   where = getattr(leaf, 'sharding', None)
-  if not isinstance(where, NamedSharding):
+  if where is None:
     return None
-  return {'spec': list(where.spec), 'memory_kind': where.memory_kind}
+  spec = list(where.spec) if isinstance(where, NamedSharding) else []
+  return {'spec': spec, 'memory_kind': where.memory_kind}
 
 
 def _read_sharding(mesh, fields) -> NamedSharding:

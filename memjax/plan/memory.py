@@ -116,18 +116,18 @@ def projected_bytes(state) -> int:
 
 
 def of_compiled(compiled) -> dict[str, int]:
-  """Returns the compiler's own figures, or {} if it gives none."""
+  """Returns the compiler's own figures, or {} if it gives none.
+
+  Those that begin with `host_` are of the host's memory. Only the TPU's compiler tells it apart; in
+  the figures of the others host arguments are arguments like any, and in every peak they are too.
+  """
   analysis = compiled.memory_analysis()
   if analysis is None:
     return {}
-  return {
-    'argument': analysis.argument_size_in_bytes,
-    'output': analysis.output_size_in_bytes,
-    'temp': analysis.temp_size_in_bytes,
-    'alias': analysis.alias_size_in_bytes,
-    'generated_code': analysis.generated_code_size_in_bytes,
-    'peak': analysis.peak_memory_in_bytes,
-  }
+  figures = ('argument', 'output', 'temp', 'alias', 'generated_code')
+  figures += ('host_argument', 'host_output', 'host_temp', 'host_alias')
+  sizes = {name: getattr(analysis, f'{name}_size_in_bytes') for name in figures}
+  return sizes | {'peak': analysis.peak_memory_in_bytes}
 
 
 def device_peak(sizes: dict[str, int], platform: str, host: int = 0) -> int:
@@ -139,10 +139,24 @@ def device_peak(sizes: dict[str, int], platform: str, host: int = 0) -> int:
       everything counts as alive at once.
     host: Bytes of arguments in host memory, which the compilers' peaks include.
   """
+  new = sizes['output'] - sizes['alias']
+  at_once = sizes['argument'] + new + sizes['temp'] + sizes['generated_code']
   if platform == 'cpu':
-    new = sizes['output'] - sizes['alias']
-    return sizes['argument'] + new + sizes['temp'] + sizes['generated_code']
-  return sizes['peak'] - host
+    return at_once - host
+  peak = sizes['peak'] - host
+  # Of a peak over both memories nobody knows what share is the host's when that changes within a
+  # step. Then both figures are upper bounds.
+  return min(peak, at_once) if new_on_host(sizes) else peak
+
+
+def new_on_host(sizes: dict[str, int]) -> int:
+  """Returns the bytes that a compiled step takes of the host's memory beside its arguments."""
+  return sizes['host_temp'] + sizes['host_output'] - sizes['host_alias']
+
+
+def counted_arguments(sizes: dict[str, int], host: int = 0) -> int:
+  """Returns what the compiler counts for the arguments in device memory; `host` as above."""
+  return sizes['argument'] - (0 if sizes['host_argument'] else host)
 
 
 def limit_bytes(device: jax.Device) -> int | None:
@@ -153,16 +167,31 @@ def limit_bytes(device: jax.Device) -> int | None:
   """
   if stats := device.memory_stats():
     return stats.get('bytes_limit')
-  if device.platform != 'cpu' or not _MEMINFO.is_file():
+  if device.platform != 'cpu' or (available := host_available()) is None:
     return None
-  fields = dict(line.split(':') for line in _MEMINFO.read_text().splitlines())
-  available = int(fields['MemAvailable'].split()[0]) * 2**10
-  try:
-    top, used = ((_CGROUP / name).read_text() for name in ('memory.max', 'memory.current'))
-    available = min(available, int(top) - int(used))
-  except (OSError, ValueError):  # No such group, or 'max': without a limit.
-    pass
   return available // jax.local_device_count()
+
+
+def host_available() -> int | None:
+  """Returns the bytes of the host's memory that a process can still take, None when nobody says.
+
+  Files that are cached in memory count as free: they give way.
+  """
+  if not _MEMINFO.is_file():
+    return None
+  available = _fields(_MEMINFO)['MemAvailable:'] * 2**10
+  try:
+    top, used = (int((_CGROUP / name).read_text()) for name in ('memory.max', 'memory.current'))
+    available = min(available, top - used + _fields(_CGROUP / 'memory.stat')['inactive_file'])
+  except (OSError, ValueError, KeyError):  # No such group, or 'max': without a limit.
+    pass
+  return available
+
+
+def _fields(file: pathlib.Path) -> dict[str, int]:
+  """Name and number of each line of a file that the kernel writes."""
+  lines = (line.split() for line in file.read_text().splitlines())
+  return {name: int(number) for name, number, *_ in lines}
 
 
 def check_donated(compiled, state) -> int:

@@ -1,8 +1,10 @@
 """Compiles one program for one target and reads from it what a run would need."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,7 +17,11 @@ from ml_collections import ConfigDict
 from memjax import build, optimizers, sharding, weights
 from memjax.plan import collectives, exported, memory, targets
 
-_VERSIONED = ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
+_VERSIONED = (
+  *('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda12-pjrt'),
+  *('jax-cuda13-plugin', 'jax-cuda13-pjrt'),
+)
+_OPTIONS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')  # Of the environment, that change what is compiled.
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _NUMBER = r'([\d.]+)([KMGT]?)'
 _HBM_OOM = (
@@ -24,7 +30,10 @@ _HBM_OOM = (
 )
 # The code is thrown away, so that it need not be fast: half the time, and the same buffers.
 _FAST = {'xla_backend_optimization_level': 0, 'xla_gpu_disable_gpuasm_optimizations': True}
-_PREALLOCATED = 0.75  # Of a card's memory, by XLA_PYTHON_CLIENT_MEM_FRACTION's default.
+FRACTIONS = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')  # New name and old.
+PREALLOCATED = 0.75  # Of a card's memory, by that variable's default.
+_TIGHT = 0.93  # Of a card's memory: what a real card may not have, though the receipt fits.
+_FOUND = {'compiled', 'collectives', 'loops_counted_once', 'compile_seconds', 'message'}
 MESSAGE = 2000  # Characters of the compiler's words that a report keeps.
 
 
@@ -38,13 +47,14 @@ def report(job: dict) -> dict:
   Returns:
     A dict that can be written as JSON: `target`, `platform`, `devices`, `fits` (None when nobody
     knows the limit, or nothing was compiled), `limit_bytes`, `peak_bytes` and `host_bytes` (of one
-    device: memory of the device alone; arguments that live in host memory), `parts` (name ->
-    bytes of the arguments, of a config), `gradients` (bytes of those the step forms at once, of a
-    config), `compiled` (the compiler's figures in bytes: argument, output, temp, alias,
-    generated_code, and peak with its host arguments), `collectives` (kind -> bytes a step a
-    device), `loops_counted_once` (names), `compile_seconds` (of the compile that was cached, if
-    so), `cached`, `notes` (sentences about what the figures leave open), `message` (the compiler's
-    words about a program that does not fit, or None), and `error` and `kind`, which are None.
+    device: memory of the device alone; of the host), `argument_bytes` (what the compiler counts for
+    the arguments on the device), `parts` (name -> bytes of the arguments, of a config), `gradients`
+    (bytes of those the step forms at once, of a config), `compiled` (the compiler's figures, see
+    `memory.of_compiled`), `collectives` (kind -> bytes a step a device), `loops_counted_once`
+    (names), `compile_seconds` (of the compile that was cached, if so), `cached`, `notes` (sentences
+    about what the figures leave open), `message` (the compiler's words about a program that does
+    not fit, or None), and `error` and `kind`, which are None. Of a program that the compiler
+    refused for its size, `compiled` is empty, and `argument_bytes` and `collectives` are None.
   """
   name = job['target']
   try:
@@ -52,7 +62,9 @@ def report(job: dict) -> dict:
   except ValueError as e:
     return failed(name, 'refused', str(e))
   except jax.errors.JaxRuntimeError as e:
-    return failed(name, 'compiler', f'{name}: the compiler refused the program', str(e)[:MESSAGE])
+    words = str(e)[:MESSAGE]
+    reason = words.partition('\n')[0]
+    return failed(name, 'compiler', f'{name}: the compiler refused the program: {reason}', words)
   except Exception as e:  # Whatever a model or a step raises, the other targets have their reports.
     words = traceback.format_exc()[-MESSAGE:]
     return failed(name, 'failed', f'{name}: {type(e).__name__}: {e}'.splitlines()[0], words)
@@ -74,24 +86,24 @@ def _answer(job: dict) -> dict:
     step, arguments, intended = exported.load(job, devices)
     sizes = {'parts': {}, 'gradients': 0}
   lowered = step.lower(*arguments)
-  host = memory.host_bytes(intended)
-  entry = _entry(job.get('cache_dir'), target, lowered.as_text())
-  cached = entry is not None and entry.is_file()
   options = _FAST if target.platform == 'gpu' else None
-  found = json.loads(entry.read_text()) if cached else compile_lowered(lowered, options)[1]
-  if entry is not None and not cached:
+  entry = _entry(job.get('cache_dir'), target, devices[0], options, lowered.as_text())
+  found = _read(entry)
+  cached = found is not None
+  if not cached:
+    found = compile_lowered(lowered, options)[1]
     _write(entry, found)
+  platform, host = devices[0].platform, memory.host_bytes(intended)
   answer = {
     'target': target.name,
-    'platform': target.platform,
+    'platform': platform,
     'devices': target.devices,
-    **verdict(found, target.limit_bytes, devices[0].platform, host),
-    'host_bytes': host,
+    **verdict(found, target.limit_bytes, platform, host),
     **sizes,
     **found,
     'cached': cached,
   }
-  return answer | {'notes': _notes(answer)}
+  return answer | {'notes': _notes(answer, is_here=target.platform == 'local')}
 
 
 def _of_config(fields, devices):
@@ -134,7 +146,7 @@ def compile_lowered(lowered, options=None) -> tuple:
     if (sizes := read_out_of_memory(str(e))) is None:
       raise
     found = {'needs_bytes': sizes[0], 'limit_bytes': sizes[1], 'message': str(e)[:MESSAGE]}
-    empty = {'compiled': {}, 'collectives': {}, 'loops_counted_once': []}
+    empty = {'compiled': {}, 'collectives': None, 'loops_counted_once': []}
     return None, found | empty | {'compile_seconds': time.monotonic() - started}
   seconds = time.monotonic() - started
   text = compiled.as_text()
@@ -162,29 +174,46 @@ def read_out_of_memory(message: str) -> tuple[int, int] | None:
 
 
 def verdict(found: dict, limit: int | None, platform: str, host: int) -> dict:
-  """Returns whether it fits, going by device memory alone; takes from `found`, what
-  `compile_lowered` knows, the figures of a refusal.
+  """Returns `fits` and the sizes it follows from, see `report`.
+
+  It goes by device memory alone, but on a CPU, whose memory is the host's.
+
+  Args:
+    found: What `compile_lowered` knows; the figures of a refusal are taken out of it.
+    limit: Memory of one device, None when nobody says.
+    platform: Of the device.
+    host: Bytes of arguments in host memory.
   """
   limit = found.pop('limit_bytes', limit)
+  answer = {'limit_bytes': limit, 'host_bytes': host, 'argument_bytes': None}
   if (needs := found.pop('needs_bytes', None)) is not None:
-    return {'fits': False, 'limit_bytes': limit, 'peak_bytes': needs}
-  peak = memory.device_peak(found['compiled'], platform, host)
-  return {
-    'fits': None if limit is None else peak <= limit,
-    'limit_bytes': limit,
+    return answer | {'fits': False, 'peak_bytes': needs}
+  sizes = found['compiled']
+  peak = memory.device_peak(sizes, platform, host)
+  taken = peak + host if platform == 'cpu' else peak
+  return answer | {
+    'fits': None if limit is None else taken <= limit,
     'peak_bytes': peak,
+    'host_bytes': host + memory.new_on_host(sizes),
+    'argument_bytes': memory.counted_arguments(sizes, host),
   }
 
 
-def _notes(answer) -> list[str]:
+def _notes(answer, is_here: bool) -> list[str]:
   notes = []
-  peak, limit = answer['peak_bytes'], answer['limit_bytes']
-  if answer['platform'] == 'gpu' and answer['fits'] and peak > _PREALLOCATED * limit:
+  is_card = answer['platform'] == 'gpu' and not is_here
+  share = answer['peak_bytes'] / (answer['limit_bytes'] or math.inf)
+  if is_card and answer['fits'] and share > PREALLOCATED:
     notes.append(
-      f'JAX takes {_PREALLOCATED:.0%} of a card unless told otherwise, and this needs '
-      f'{peak / limit:.0%}; set XLA_PYTHON_CLIENT_MEM_FRACTION'
+      f'JAX takes {PREALLOCATED:.0%} of a card unless told otherwise, and this needs {share:.0%}; '
+      f'set {FRACTIONS[0]}'
     )
-  if answer['platform'] == 'gpu' and answer['host_bytes']:
+  if is_card and answer['fits'] and share > _TIGHT:
+    notes.append(
+      'the limit is the whole memory of the card, of which CUDA keeps some hundred MiB; allocators '
+      'were seen to take 1 to 4 % more than a receipt'
+    )
+  if is_card and answer['host_bytes']:
     notes.append(
       'the compiler counted the arguments in host memory as a card holds them, and they are taken '
       'off its peak; what streams them to the card is in it only where the program copies'
@@ -197,7 +226,8 @@ def _notes(answer) -> list[str]:
   return notes
 
 
-def _entry(cache_dir, target, text) -> pathlib.Path | None:
+def _entry(cache_dir, target, device, options, text) -> pathlib.Path | None:
+  """The file of a compile, named by a hash of all that it follows from."""
   if cache_dir is None:
     return None
   versions = []
@@ -206,14 +236,31 @@ def _entry(cache_dir, target, text) -> pathlib.Path | None:
       versions.append(f'{package}=={importlib.metadata.version(package)}')
     except importlib.metadata.PackageNotFoundError:
       continue
-  card = targets.card_text(target.kind) if target.platform == 'gpu' else ''
-  key = '\n'.join([target.name, card, *versions, text])
+  # An entry holds our own counts: what counts them is in the name too.
+  counters = [pathlib.Path(file).read_text() for file in (__file__, memory.__file__)]
+  counters.append(pathlib.Path(collectives.__file__).read_text())
+  environment = [os.environ.get(name, '') for name in _OPTIONS]
+  device = [device.device_kind, device.client.platform_version]
+  facts = targets.facts_text(target)
+  key = json.dumps([target.name, facts, device, options, environment, versions, counters, text])
   return pathlib.Path(cache_dir) / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.json'
+
+
+def _read(entry) -> dict | None:
+  """What an earlier compile found; None when there is none, or its file is damaged."""
+  try:
+    found = json.loads(entry.read_text()) if entry else None
+  except (OSError, ValueError):
+    return None
+  return found if isinstance(found, dict) and found.keys() >= _FOUND else None
 
 
 def _write(entry, found) -> None:
   """Atomically: another process may read or write the same entry."""
-  entry.parent.mkdir(parents=True, exist_ok=True)
+  if entry is None:
+    return
   draft = entry.with_suffix(f'.{os.getpid()}')
-  draft.write_text(json.dumps(found))
-  draft.replace(entry)
+  with contextlib.suppress(OSError):  # A full disk costs the next plan a compile, not this answer.
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_text(json.dumps(found))
+    draft.replace(entry)

@@ -5,11 +5,12 @@ Sizes are bytes of one device. The fields:
   target, devices               name, and how many devices it has
   fits                          None when the device's limit is not known
   limit_bytes, peak_bytes       device memory there is, and the most the step holds at once
-  host_bytes                    arguments in the host's memory
+  host_bytes                    host memory of the arguments and, where the compiler tells, of the
+                                program's own arrays
   parts                         name -> bytes; they sum to `peak_bytes`
-  collectives                   kind -> bytes a step
+  collectives                   kind -> bytes a step; None when the compiler refused the program
   compile_seconds, cached       of the compile; whether it was read from the disk
-  compiled                      the compiler's own figures
+  compiled                      the compiler's own figures; {} when it refused the program
   message                       the compiler's words where it refused the program
   notes                         sentences about what the figures leave out
 """
@@ -36,6 +37,7 @@ PARTS = {
   'layout_padding': 'padding of the arguments to tiles',
   'compiler_reserved': 'reserved by the compiler',
 }
+_OF_COMPILED = ('new_outputs', 'generated_code', 'layout_padding', 'compiler_reserved')
 STATE = ('basis', 'moments', 'other_state')
 
 
@@ -54,9 +56,7 @@ def receipt(report: dict) -> dict:
   arguments = report['parts']
   # A compiler that refuses a program may name its temporaries alone.
   peak = max(report['peak_bytes'], sum(arguments.values()))
-  counted = report['compiled'].get('argument')
-  if counted is not None and report['platform'] == 'gpu':
-    counted -= report['host_bytes']  # There the compiler counts host arguments with the others.
+  counted, compiled = report['argument_bytes'], report['compiled']
   return {
     'target': report['target'],
     'devices': report['devices'],
@@ -64,11 +64,11 @@ def receipt(report: dict) -> dict:
     'limit_bytes': report['limit_bytes'],
     'peak_bytes': peak,
     'host_bytes': report['host_bytes'],
-    'parts': attribute(peak, arguments, counted, report['gradients'], report['compiled']),
+    'parts': attribute(peak, arguments, counted, report['gradients'], compiled),
     'collectives': report['collectives'],
     'compile_seconds': round(report['compile_seconds'], 2),
     'cached': report['cached'],
-    'compiled': report['compiled'],
+    'compiled': compiled,
     'message': report.get('message'),
     'notes': report.get('notes', []),
   }
@@ -117,11 +117,21 @@ def state_bytes(found: dict) -> int:
 
 def verdict(found: dict) -> str:
   """Returns one sentence: whether it fits, and by how much."""
-  peak, limit = f'{found["peak_bytes"] / GIB:,.2f}', found['limit_bytes']
+  peak, limit = amount(found['peak_bytes']), found['limit_bytes']
   if limit is None:
-    return f'{found["target"]}: needs {peak} GiB a device; its limit is not known'
+    return f'{found["target"]}: needs {peak} a device; its limit is not known'
   word = 'fits' if found['fits'] else 'does not fit'
-  return f'{found["target"]}: {word}, {peak} of {limit / GIB:,.2f} GiB a device'
+  return f'{found["target"]}: {word}, {peak} of {amount(limit)} a device'
+
+
+def amount(size: int) -> str:
+  """Returns a number of bytes in the unit in which it is read best.
+
+  >>> amount(3 * 2**29), amount(3 * 2**19)
+  ('1.50 GiB', '1.50 MiB')
+  """
+  unit, word = unit_of([size])
+  return f'{size / unit:,.2f} {word}'
 
 
 def table(receipts: list[dict], title: str) -> Table:
@@ -137,16 +147,21 @@ def table(receipts: list[dict], title: str) -> Table:
   for found in receipts:
     out.add_column(found['target'], justify='right')
   for name, words in PARTS.items():
-    _row(out, words, unit, [found['parts'][name] for found in receipts], skip_zeros=True)
+    sizes = [found['parts'][name] for found in receipts]
+    if any(sizes):
+      _row(out, words, unit, [_known(found, name) for found in receipts])
   out.add_section()
   _row(out, 'peak', unit, [found['peak_bytes'] for found in receipts])
   _row(out, 'limit', unit, [found['limit_bytes'] for found in receipts])
   fits = {True: '[green]yes[/]', False: '[red]no[/]', None: 'unknown'}
   out.add_row('fits', *(fits[found['fits']] for found in receipts))
   out.add_section()
-  _row(out, 'host memory', unit, [found['host_bytes'] for found in receipts], skip_zeros=True)
-  for kind in sorted({kind for found in receipts for kind in found['collectives']}):
-    _row(out, f'{kind} a step', unit, [found['collectives'].get(kind, 0) for found in receipts])
+  if any(found['host_bytes'] for found in receipts):
+    _row(out, 'host memory', unit, [found['host_bytes'] for found in receipts])
+  moved = [found['collectives'] for found in receipts]
+  for kind in sorted({kind for one in moved for kind in one or {}}):
+    sizes = [None if one is None else one.get(kind, 0) for one in moved]
+    _row(out, f'{kind} a step', unit, sizes)
   out.add_row('compile seconds', *map(_seconds, receipts))
   return out
 
@@ -166,9 +181,12 @@ def show(receipts: list[dict], title: str) -> None:
       say(f'  {escape(note)}')
 
 
-def _row(out: Table, words: str, unit: int, sizes: list, skip_zeros: bool = False) -> None:
-  if skip_zeros and not any(sizes):
-    return
+def _known(found: dict, part: str) -> int | None:
+  """Bytes of a part; None where a refused program has it among its temporaries."""
+  return None if part in _OF_COMPILED and not found['compiled'] else found['parts'][part]
+
+
+def _row(out: Table, words: str, unit: int, sizes: list) -> None:
   out.add_row(words, *('unknown' if size is None else f'{size / unit:,.2f}' for size in sizes))
 
 

@@ -1,12 +1,14 @@
 """One program on one target: the parts of a report, and refusals in a sentence."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from memjax import config
-from memjax.plan import exported, program, targets
+from memjax.plan import exported, memory, program, targets
 
 P = PartitionSpec
 
@@ -69,7 +71,48 @@ def test_what_does_not_fit_is_an_answer(tmp_path):
   assert report['fits'] is False
   assert report['peak_bytes'] == 512 * 2**30
   assert report['limit_bytes'] == 15.75 * 2**30
+  assert report['collectives'] is None
   assert 'CompileTimeHbmOom' in report['message']
+
+
+def test_temporaries_in_host_memory_take_no_device_memory(tmp_path):
+  """64 MiB of weights on the host go through a layer loop, which makes 64 MiB of new ones there."""
+  pytest.importorskip('libtpu')
+  target = targets.parse('v5e:1x1')
+  mesh = AbstractMesh((1,), ('data',))
+  at = lambda kind: NamedSharding(mesh, P(), memory_kind=kind)
+  host = at('pinned_host')
+
+  def body(x, w):
+    w = jax.device_put(w, jax.memory.Space.Device)
+    y = jnp.tanh(x @ w)
+    return y, jax.device_put(w - 0.1 * (x.T @ y), jax.memory.Space.Host)
+
+  f = jax.jit(lambda ws, x: jax.lax.scan(body, x, ws)[::-1], donate_argnums=0)
+  weights = jax.ShapeDtypeStruct((64, 512, 512), jnp.float32, sharding=host)
+  x = jax.ShapeDtypeStruct((128, 512), jnp.float32, sharding=at('device'))
+  report = program.report(exported.export_job(f, (weights, x), target, tmp_path / 'step'))
+  assert report['error'] is None
+  assert report['compiled']['host_temp'] >= 2**26  # Else this program is none of those meant.
+  assert report['compiled']['temp'] <= report['peak_bytes'] < 2**24
+  assert report['host_bytes'] >= 2**27
+
+
+def test_one_device_keeps_its_memory_kinds(tmp_path):
+  """128 KiB on the host, given as one of a single device."""
+  device = jax.devices()[0]
+  there = jax.sharding.SingleDeviceSharding(device, memory_kind='pinned_host')
+  leaf = jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=there)
+  target = targets.parse('local')._replace(devices=1)
+  f = jax.jit(lambda x, y: (x, y + 1), donate_argnums=0)
+  y = jax.ShapeDtypeStruct((8,), jnp.float32)
+  job = exported.export_job(f, (leaf, y), target, tmp_path / 'step')
+  step, leaves, intended = exported.load(job, [device])
+  assert memory.host_bytes(intended) == 2**17
+  _, found = program.compile_lowered(step.lower(*leaves))
+  answer = program.verdict(found, None, 'cpu', 2**17)
+  assert answer['argument_bytes'] == 32
+  assert answer['peak_bytes'] < 2**17
 
 
 def test_a_local_step_is_compiled_for_the_devices_that_are_here(tmp_path):
@@ -129,6 +172,34 @@ def test_a_second_compile_is_read_from_the_disk(tmp_path):
   assert (first['cached'], second['cached'], other['cached']) == (False, True, False)
   # What this machine has available changes from one moment to the next.
   assert first | {'cached': True, 'limit_bytes': second['limit_bytes']} == second
+
+
+def cached_in(path, **changes):
+  """The name of the cache's entry for one program on the device that is here, or on another."""
+  device = types.SimpleNamespace(device_kind='A100', client=jax.devices()[0].client)
+  vars(device).update(changes)
+  return program._entry(path, targets.parse('local'), device, None, 'module @jit_step')
+
+
+def test_a_compile_on_another_device_or_with_other_flags_is_another(tmp_path, monkeypatch):
+  first = cached_in(tmp_path)
+  assert cached_in(tmp_path) == first
+  assert cached_in(tmp_path, device_kind='H100') != first
+  monkeypatch.setenv('XLA_FLAGS', '--xla_something')
+  assert cached_in(tmp_path) != first
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"compiled": {}}', None])
+def test_a_damaged_entry_of_the_cache_is_none(tmp_path, text):
+  entry = tmp_path / 'entry.json'
+  if text is not None:
+    entry.write_text(text)
+  assert program._read(entry) is None
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path):
+  (tmp_path / 'file').write_text('')
+  program._write(tmp_path / 'file' / 'entry.json', {})
 
 
 def test_an_exception_is_a_report():

@@ -21,6 +21,7 @@ def report(**changes):
     limit_bytes=2000,
     peak_bytes=722,
     host_bytes=0,
+    argument_bytes=340,
     parts=ARGUMENTS,
     gradients=100,
     compiled=dict(argument=340, output=330, alias=320, temp=300, generated_code=72, peak=722),
@@ -74,22 +75,33 @@ def test_no_part_is_negative_when_the_peak_is_less_than_the_sum(peak):
 
 
 def test_a_refused_program_has_arguments_gradients_and_the_rest():
-  found = receipt.receipt(report(fits=False, peak_bytes=5000, limit_bytes=2000, compiled={}))
+  found = receipt.receipt(report(peak_bytes=5000) | REFUSED)
   assert found['parts']['gradients'] == 100
   assert found['parts']['activations_and_temporaries'] == 5000 - 322 - 100
   assert found['fits'] is False
 
 
-def test_host_arguments_that_a_gpu_compiler_counts_are_no_padding():
-  sizes = report()['compiled'] | {'argument': 322 + 1000}
-  found = receipt.receipt(report(platform='gpu', host_bytes=1000, compiled=sizes))
-  assert found['parts']['layout_padding'] == 0
-  assert found['host_bytes'] == 1000
+def test_what_a_refused_program_would_move_is_unknown_and_not_zero():
+  refused = receipt.receipt(report(target='v4:1x1x1', peak_bytes=2**30) | REFUSED)
+  rows = rows_of(receipt.table([receipt.receipt(report()), refused], 'both'))
+  for name in ('all-gather a step', 'generated code', 'outputs beside the state'):
+    assert rows[name] == ['0.00', 'unknown']
+  assert refused['collectives'] is None
+  assert rows_of(receipt.table([refused], 'alone'))['fits'] == ['no']
 
 
 def test_a_report_of_a_failure_is_its_sentence():
   with pytest.raises(ValueError, match='no such device'):
     receipt.receipt({'target': 'x', 'error': 'no such device', 'fits': None})
+
+
+# Of a compiler that would not compile it.
+REFUSED = dict(fits=False, compiled={}, argument_bytes=None, collectives=None)
+
+
+def rows_of(table):
+  lines = (line.split('│')[1:-1] for line in text(table).split('\n') if '│' in line)
+  return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
 
 
 def text(*objects):
@@ -102,23 +114,21 @@ def test_the_table_shows_targets_side_by_side_and_only_parts_that_exist():
   a = receipt.receipt(report())
   b = receipt.receipt(report(target='rtx4090', fits=False, peak_bytes=3 * 2**30, cached=True))
   shown = text(receipt.table([a, b], 'a [title]'))
-  rows = {
-    line.split('│')[1].strip(): line.split('│')[2:-1] for line in shown.split('\n') if '│' in line
-  }
+  rows = rows_of(receipt.table([a, b], 'a [title]'))
   assert 'a [title]' in shown
-  assert [cell.strip() for cell in rows['fits']] == ['yes', 'no']
-  assert [cell.strip() for cell in rows['peak']] == ['0.00', '3.00']
+  assert rows['fits'] == ['yes', 'no']
+  assert rows['peak'] == ['0.00', '3.00']
   assert 'GiB' in shown
   assert 'adapters' not in rows
   assert 'all-gather a step' in rows
-  assert rows['compile seconds'][1].strip() == '1.2 (cached)'
+  assert rows['compile seconds'][1] == '1.2 (cached)'
 
 
 @pytest.mark.parametrize(
   ('changes', 'sentence'),
   [
-    ({}, 'v5e:1x1: fits, 0.00 of 0.00 GiB a device'),
-    (dict(fits=False, limit_bytes=2**30, peak_bytes=2**31), 'does not fit, 2.00 of 1.00 GiB'),
+    (dict(limit_bytes=2**30, peak_bytes=3 * 2**19), '1x1: fits, 1.50 MiB of 1.00 GiB a device'),
+    (dict(fits=False, limit_bytes=2**30, peak_bytes=2**31), 'not fit, 2.00 GiB of 1.00 GiB a'),
     (dict(fits=None, limit_bytes=None, peak_bytes=2**31), 'needs 2.00 GiB .* limit is not known'),
   ],
 )
