@@ -21,8 +21,9 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from memjax import command, plan, tasks  # noqa: E402
+from memjax import command, tasks  # noqa: E402
 from memjax.config import run_name  # noqa: E402
+from memjax.plan.planning import try_plan  # noqa: E402
 from memjax.plan.receipt import show  # noqa: E402
 from memjax.train import train  # noqa: E402
 
@@ -43,7 +44,11 @@ def main():
   config = CONFIG.value
   if PLAN.value:
     title = f'Memory of one training step of {run_name(command.config_file())}'
-    show(plan.plan(config, PLAN.value), title)
+    found, errors = try_plan(config, PLAN.value)
+    if found:
+      show(found, title)
+    if errors:
+      raise ValueError('\n'.join(errors))  # What the other devices need was worth saying first.
     return
   if DISTRIBUTED.value or COORDINATOR.value:
     if config and config.cpu_devices:  # Many processes on a machine without an accelerator.

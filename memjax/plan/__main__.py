@@ -20,7 +20,7 @@ from memjax import command
 from memjax.config import run_name
 from memjax.plan import draw, recommend, search, targets
 from memjax.plan.planning import try_plan
-from memjax.plan.receipt import GIB, show, verdict
+from memjax.plan.receipt import GIB, show
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, then :arguments.')
 TARGET = flags.DEFINE_multi_string('target', [], 'As v5e:2x2, rtx4090, h100-80g*8 or local.')
@@ -48,29 +48,42 @@ def main() -> None:
   for file in filter(None, (JSON.value, PLOT.value)):
     if not pathlib.Path(file).parent.is_dir():
       raise ValueError(f'{file}: there is no folder {str(pathlib.Path(file).parent)!r}')
-  config, name, errors = CONFIG.value, run_name(command.config_file()), []
+  if PLOT.value:
+    draw.check_file(PLOT.value)
+  config, name = CONFIG.value, run_name(command.config_file())
   if SEARCH.value:
-    found = [search_batch(config, target, say) for target in TARGET.value]
+    found, errors = each_target(lambda target: [search_batch(config, target, say)])
   elif RECOMMEND.value:
-    found = [row for target in TARGET.value for row in compare(config, target, name, say)]
+    found, errors = each_target(lambda target: compare(config, target, name, say))
   else:
     with progress('compiling', len(TARGET.value)) as tried:
       found, errors = try_plan(config, TARGET.value, on_done=tried)
     if found:
       show(found, f'Memory of one training step of {name}')
-      if PLOT.value:
-        draw.bars(found, PLOT.value)
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
+  if PLOT.value and found:
+    plot(found)
   if errors:
     raise ValueError('\n'.join(errors))  # What the other targets need was worth saying first.
+
+
+def each_target(answer) -> tuple[list[dict], list[str]]:
+  """Returns what `answer` found for each target, and a sentence for each that has no answer."""
+  found, errors = [], []
+  for target in TARGET.value:
+    try:
+      found += answer(target)
+    except ValueError as e:
+      errors.append(str(e))
+  return found, errors
 
 
 def search_batch(config, target: str, say) -> dict:
   """Finds the largest batch that fits one target; returns its receipt, `batch_size` added."""
 
-  def tried(batch_size, found):
-    say(f'batch {batch_size:,}  {escape(verdict(found))}')
+  def tried(batch_size, sentence):
+    say(f'batch {batch_size:,}  {escape(sentence)}')
 
   batch_size, found = search.largest_batch(config, target, say=tried)
   if batch_size:
@@ -78,26 +91,39 @@ def search_batch(config, target: str, say) -> dict:
     say(f'  --config.batch_size={batch_size}')
   else:
     say(f'[bold]{escape(target)}: no batch fits, not even the smallest[/]; see --recommend')
-  if PLOT.value:
-    draw.bars([found], _for_target(PLOT.value, target))
+  for note in found['notes']:
+    say(f'  {escape(note)}')
   return found | {'batch_size': batch_size}
 
 
 def compare(config, target: str, name: str, say) -> list[dict]:
   """Compares methods and ways for one target; returns the rows, `target` added."""
   with progress(f'compiling for {target}') as tried:
-    rows, total = recommend.recommend(config, target, compiles=COMPILES.value, on_done=tried)
+    rows, failed, total = recommend.recommend(
+      config, target, compiles=COMPILES.value, on_done=tried
+    )
   batch = f'{config.batch_size} x {config.seq_len} tokens, {config.accumulate} micro-batches'
   say(recommend.table(rows, f'{escape(name)} on {escape(target)}, {batch}'))
   say(
     'work: operations of one update, relative to AdamW without rematerialisation; counted from the '
     'trace'
   )
+  for error, combinations in failed.items():
+    say(f'not compiled: {escape(", ".join(combinations))}: {escape(error)}')
   if COMPILES.value < total:
     say(f'{COMPILES.value} of {total} combinations were tried; --compiles={total} tries all')
-  if PLOT.value:
-    draw.trade(rows, _for_target(PLOT.value, target))
   return [{'target': target} | row for row in rows]
+
+
+def plot(found: list[dict]) -> None:
+  """Draws the answers: of a plan side by side, else a picture a target."""
+  if not (SEARCH.value or RECOMMEND.value):
+    draw.bars(found, PLOT.value)
+    return
+  picture = draw.trade if RECOMMEND.value else draw.bars
+  for target in dict.fromkeys(one['target'] for one in found):
+    rows = [one for one in found if one['target'] == target]
+    picture(rows, _for_target(PLOT.value, target))
 
 
 @contextlib.contextmanager

@@ -146,7 +146,10 @@ def _compile(job, children) -> dict:
   if target.platform == 'local':
     return program.report(job)
   code, out, said = children.run(job)
-  return json.loads(out) if code == 0 else _died(name, code, said)
+  try:
+    return json.loads(out) if code == 0 else _died(name, code, said)
+  except json.JSONDecodeError:
+    return _died(name, code, said)
 
 
 def _died(name, code, said) -> dict:
@@ -164,6 +167,7 @@ def _died(name, code, said) -> dict:
       message,
     )
   how = f'signal {-code}' if code < 0 else f'exit code {code}'
+  last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), 'nothing')
   return program.failed(
-    name, 'crashed', f'{name}: the compiler crashed ({how}); see `message`', message
+    name, 'crashed', f'{name}: the compiler crashed ({how}); its last words: {last}', message
   )

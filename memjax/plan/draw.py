@@ -1,5 +1,7 @@
 """Pictures of receipts and of recommendations."""
 
+import pathlib
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -21,6 +23,13 @@ _COLOURS = {
   'compiler_reserved': '#b0a999',
 }
 _MARKERS = 'osD^vPX*'
+
+
+def check_file(file) -> None:
+  """Raises a `ValueError` for a name whose ending is no kind of picture."""
+  kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+  if pathlib.Path(file).suffix[1:].lower() not in kinds:
+    raise ValueError(f'{file}: pictures end in one of .' + ', .'.join(kinds))
 
 
 def bars(receipts: list[dict], file) -> None:
@@ -64,7 +73,7 @@ def trade(rows: list[dict], file) -> None:
       row['relative_work'],
       row['peak_bytes'] / GIB,
       marker=_MARKERS[ways.index(row['backward'])],
-      color=colours[row['precision']],
+      color=colours.get(row['precision'], '#7f8c8d'),
       alpha=1.0 if row['fits'] else 0.35,
     )
   for row in frontier(rows):
@@ -76,7 +85,7 @@ def trade(rows: list[dict], file) -> None:
   for i, way in enumerate(ways):
     axes.scatter([], [], marker=_MARKERS[i], color='grey', label=way)
   for precision in dict.fromkeys(row['precision'] for row in rows):
-    axes.scatter([], [], marker='s', color=colours[precision], label=precision)
+    axes.scatter([], [], marker='s', color=colours.get(precision, '#7f8c8d'), label=precision)
   axes.set_xlabel('operations, relative to AdamW without rematerialisation')
   axes.set_ylabel('peak GiB of one device')
   axes.set_ylim(bottom=0)

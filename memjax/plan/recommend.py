@@ -1,5 +1,6 @@
 """Which methods, rematerialisation policies and precisions fit a target, and what they cost."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -16,10 +17,11 @@ from memjax.plan.receipt import receipt, state_bytes, unit_of
 
 COMPILES = 32  # At most, unless told otherwise: some ten minutes of a 7B model on two cores.
 
-# Name -> fields of a config: what a step recomputes, or that it goes layer by layer.
-BACKWARD = {name: {'step': 'whole_tree', 'remat': name} for name in POLICIES} | {
-  'layerwise': {'step': 'layerwise', 'remat': 'full'}
-}
+# Name -> fields of a config: what a step recomputes, or that it goes layer by layer. And what only
+# the other of these two steps can do.
+BACKWARD = {
+  name: {'step': 'whole_tree', 'remat': name, 'offload_state': 0.0} for name in POLICIES
+} | {'layerwise': {'step': 'layerwise', 'remat': 'full', 'accumulate_in': 'weights'}}
 # Name -> dtypes of the parameters and of the products.
 PRECISIONS = {
   'float32': {'param_dtype': 'float32', 'compute_dtype': 'float32'},
@@ -36,10 +38,8 @@ def recommend(
   compiles: int = COMPILES,
   cache_dir=None,
   on_done: Callable | None = None,
-) -> tuple[list[dict], int]:
-  """Compiles a model's step in many ways for one target.
-
-  Each method first in the config's own way, then in the others, as far as `compiles` goes.
+) -> tuple[list[dict], dict[str, list[str]], int]:
+  """Compiles a model's step in many ways for one target, as far as `compiles` goes.
 
   Args:
     config: Of a run; its model, batch and mesh are kept.
@@ -50,22 +50,23 @@ def recommend(
 
   Returns:
     Rows `{method, backward, precision, fits, peak_bytes, state_bytes, relative_work, receipt}`:
-    those that fit first, then by peak, state and work. And how many combinations there are.
+    those that fit first, then by peak, state and work. Sentence -> combinations that it is the
+    reason not to have a row for. And how many combinations there are.
 
   Raises:
     ValueError: as `memjax.plan.plan`, when no combination can be compiled.
   """
+  config_lib.validate(config)
   combinations = variants(config)
   chosen = combinations[:compiles]
+  unit = work.step_flops(with_method(with_backward(config, REFERENCE[1]), REFERENCE[0]))
   jobs = [compiler.config_job(variant, target) for *_, variant in chosen]
   reports = compiler.compile_jobs(jobs, cache_dir=cache_dir, on_done=on_done)
-  sound = [(c, report) for c, report in zip(chosen, reports) if not report['error']]
-  if not sound:
-    raise ValueError(reports[0]['error'])
-  reference = with_fields(config, BACKWARD[REFERENCE[1]])
-  unit = work.step_flops(with_method(reference, REFERENCE[0]))
-  rows = []
-  for (method, backward, precision, variant), report in sound:
+  rows, failed = [], {}
+  for (method, backward, precision, variant), report in zip(chosen, reports):
+    if report['error']:
+      failed.setdefault(report['error'], []).append(f'{method} {backward} {precision}')
+      continue
     found = receipt(report)
     rows.append(
       {
@@ -79,27 +80,39 @@ def recommend(
         'receipt': found,
       }
     )
-  return sorted(rows, key=_order), len(combinations)
+  if not rows:
+    raise ValueError(reports[0]['error'])
+  return sorted(rows, key=_order), failed, len(combinations)
 
 
 def variants(config: ConfigDict) -> list[tuple[str, str, str, ConfigDict]]:
   """Returns (method, backward, precision, config) of every combination, in the order of interest.
 
-  The config's own way first, then the frugal ones; within a way the config's own method, AdamW,
-  then from the least state to the most.
+  The config itself comes first, whatever its step, and then what is nearest to it, so that the
+  first few vary all three. The next method is one step away, the next backward pass two and the
+  next precision four: there are fewer of them. Each order begins with the config's own; then come
+  AdamW and the methods from the least state to the most, and of the others the most frugal.
   """
-  ways = [
-    (backward, precision, with_fields(config, BACKWARD[backward] | PRECISIONS[precision]))
-    for precision in reversed(PRECISIONS)
-    for backward in reversed(BACKWARD)
-  ]
-  ways.sort(key=lambda way: _way_of(config) != way[:2])
-  found = []
+  own = (config.optimizer.name, *_way_of(config))
+  first = lambda names, name: sorted(names, key=lambda other: other != name)
   methods = _methods(config)
-  for backward, precision, variant in ways:
-    for method in methods:
+  backwards = first(reversed(BACKWARD), own[1])
+  precisions = first(reversed(PRECISIONS), own[2])
+  distance = lambda place: place[0] + 2 * place[1] + 4 * place[2]
+  places = itertools.product(*(range(len(x)) for x in (methods, backwards, precisions)))
+  found = [(*own, config)]
+  for i, j, k in sorted(places, key=distance):
+    method, backward, precision = methods[i], backwards[j], precisions[k]
+    if (method, backward, precision) != own:
+      variant = with_fields(with_backward(config, backward), PRECISIONS[precision])
       found.append((method, backward, precision, with_method(variant, method)))
   return found
+
+
+def with_backward(config: ConfigDict, name: str) -> ConfigDict:
+  """Returns a copy of a config with another backward pass, in which no groups take turns."""
+  no_turns = {f'groups.{k}': v for k, v in config_lib.default().groups.items()}
+  return with_fields(config, BACKWARD[name] | no_turns)
 
 
 def with_fields(config: ConfigDict, fields: dict) -> ConfigDict:
@@ -130,6 +143,7 @@ def with_method(config: ConfigDict, name: str) -> ConfigDict:
   changed.optimizer = config_lib.optimizer(
     name, learning_rate=config.optimizer.learning_rate, **arguments
   )
+  changed.accumulate_in = 'weights'  # Not every method has a subspace to add up in.
   return changed.lock()
 
 
@@ -172,11 +186,11 @@ def _state_numbers(config) -> int:
 
 
 def _way_of(config) -> tuple[str, str]:
-  """The names of a config's own way, ('', '') if it has none."""
-  pick = lambda names: next(
-    (k for k, fields in names.items() if all(config[f] == v for f, v in fields.items())), ''
-  )
-  return pick(BACKWARD), pick(PRECISIONS)
+  """The names of a config's own way, or what its fields say where it has none."""
+  dtypes = {field: config[field] for field in ('param_dtype', 'compute_dtype')}
+  named = [name for name, fields in PRECISIONS.items() if fields == dtypes]
+  backward = config.remat if config.step == 'whole_tree' else config.step
+  return backward, named[0] if named else '/'.join(dtypes.values())
 
 
 def _order(row):

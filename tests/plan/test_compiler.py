@@ -50,7 +50,8 @@ def test_reports_come_in_order_and_are_cached(tmp_path):
       'memory',
     ),
     ("sys.stderr.write('mosaic!'); sys.stderr.flush(); os.abort()", 'crashed', 'signal 6'),
-    ("sys.exit('mosaic!')", 'crashed', 'exit code 1'),
+    ("sys.exit('mosaic!')", 'crashed', 'exit code 1); its last words: mosaic!'),
+    ("print('no report'); sys.stderr.write('mosaic!')", 'crashed', 'exit code 0'),
   ],
 )
 def test_a_child_that_dies_is_a_report(monkeypatch, code, kind, words):

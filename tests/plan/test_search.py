@@ -43,7 +43,16 @@ def test_batches_divide_over_the_mesh_and_the_micro_batches(mesh, devices, unit)
   c = config.default()
   c.mesh.update(mesh)
   c.accumulate = 2
-  assert search.batch_unit(c, devices) == unit
+  assert search.batch_unit(c, devices) == (unit, unit)
+
+
+def test_a_pool_holds_what_is_kept_and_divides_into_its_parts():
+  c = config.default()
+  c.accumulate = 2
+  c.select.update(name='random', keep=20, parts=3)
+  assert search.batch_unit(c, 4) == (24, 24)
+  c.select.keep = 32
+  assert search.batch_unit(c, 4) == (24, 48)
 
 
 def fake_report(job, peak, limit=1000):
@@ -56,6 +65,7 @@ def fake_report(job, peak, limit=1000):
     limit_bytes=limit,
     peak_bytes=peak,
     host_bytes=0,
+    argument_bytes=None,
     parts=arguments,
     gradients=0,
     compiled={},
@@ -100,6 +110,25 @@ def test_the_largest_batch_of_a_target(fake):
   assert len(said) == len(fake.asked)
 
 
+def test_a_pool_of_rows_is_searched_from_what_is_kept(fake):
+  c = config.default()
+  c.select.update(name='random', keep=16)
+  best, _ = search.largest_batch(c, 'v5e:2x2')
+  assert best == 88
+  assert min(fields['batch_size'] for fields in fake.asked) == 16
+
+
+def test_a_batch_whose_compile_dies_ends_the_search_with_what_fits(fake):
+  fake.peak = lambda fields: (
+    100 if fields['batch_size'] <= 20 else 'v5e:2x2: the compiler was killed'
+  )
+  said = []
+  best, found = search.largest_batch(config.default(), 'v5e:2x2', say=lambda *a: said.append(a))
+  assert (best, found['peak_bytes']) == (20, 100)
+  assert any('batch 24 could not be compiled' in note for note in found['notes'])
+  assert (24, 'v5e:2x2: the compiler was killed') in said
+
+
 def test_no_batch_fits(fake):
   fake.limit = 110
   best, found = search.largest_batch(config.default(), 'v5e:2x2')
@@ -128,7 +157,7 @@ def three_methods(monkeypatch):
 
 def test_recommended_are_those_that_fit_first_then_by_peak(fake, three_methods, monkeypatch):
   blocks = {'none': 1.0, 'full': 1.25}
-  monkeypatch.setattr(work, 'step_flops', lambda c: 1e9 * blocks[c.remat])
+  monkeypatch.setattr(work, 'step_flops', lambda c: 1e9 * blocks.get(c.remat, 1.5))
 
   def peak(fields):
     if fields['optimizer']['name'] == 'sgd' and fields['step'] == 'layerwise':
@@ -137,22 +166,52 @@ def test_recommended_are_those_that_fit_first_then_by_peak(fake, three_methods, 
     return size + (100 if fields['remat'] == 'none' else 0)
 
   fake.peak = peak
-  rows, total = recommend.recommend(tiny(), 'v5e:2x2', compiles=9)
+  rows, failed, total = recommend.recommend(tiny(), 'v5e:2x2', compiles=20)
   assert total == 3 * 5 * 3  # Methods, ways of the backward pass, precisions.
-  assert len(fake.asked) == 9
-  # The config's own way first, for each method; then layer by layer in bfloat16.
-  own = [(f['step'], f['remat'], f['param_dtype']) for f in fake.asked[:3]]
-  assert set(own) == {('whole_tree', 'none', 'float32')}
-  assert [f['optimizer']['name'] for f in fake.asked[:3]] == ['adamw', 'sgd', 'galore']
-  assert len(rows) == 8  # One was refused.
+  assert len(fake.asked) == 20
+  # The config's own way first, then what is near it: of all three a few.
+  asked = [(f['optimizer']['name'], f['remat'], f['param_dtype']) for f in fake.asked]
+  assert asked[:2] == [('adamw', 'none', 'float32'), ('sgd', 'none', 'float32')]
+  assert [len(set(column)) for column in zip(*asked)] == [3, 4, 2]
+  assert failed == {
+    'v5e:2x2: not for this method': ['sgd layerwise float32', 'sgd layerwise bfloat16']
+  }
+  assert len(rows) == 18
   assert [row['fits'] for row in rows] == sorted([row['fits'] for row in rows], reverse=True)
   assert (rows[0]['method'], rows[0]['backward']) == ('sgd', 'full')
   work_of = {(r['method'], r['backward'], r['precision']): r['relative_work'] for r in rows}
   assert work_of['adamw', 'none', 'float32'] == 1.0
-  assert work_of['adamw', 'full', 'bfloat16'] == 1.25
-  assert fake.asked[2]['optimizer']['rank'] == 16  # A quarter of the width.
+  assert work_of['adamw', 'full', 'float32'] == 1.25
+  galore = next(f['optimizer'] for f in fake.asked if f['optimizer']['name'] == 'galore')
+  assert galore['rank'] == 16  # A quarter of the width.
   shown = recommend.table(rows, 'ways')
   assert list(shown.columns[0].cells) == [row['method'] for row in rows]
+
+
+def test_what_only_one_method_or_step_can_do_is_left_to_it(fake, three_methods, monkeypatch):
+  """AdamW has no subspace to add up in, and the ordinary step no state on the host."""
+  c = tiny()
+  c.optimizer = config.optimizer('galore', learning_rate=0.01, rank=4)
+  c.accumulate, c.accumulate_in = 2, 'subspace'
+  rows, _, _ = recommend.recommend(c, 'v5e:2x2', compiles=8)
+  assert len(rows) == 8
+  for *_, variant in recommend.variants(c):
+    config.validate(variant)
+  c.update(step='hift', accumulate=1, accumulate_in='weights', offload_state=1.0)
+  c.groups.size = 2
+  for *_, variant in recommend.variants(c):
+    config.validate(variant)
+
+
+def test_a_config_without_gradients_is_compared_with_those_that_have_them(fake, three_methods):
+  c = tiny()
+  c.step = 'zeroth_order'
+  c.optimizer = config.optimizer('mezo', learning_rate=1e-6)
+  rows, _, total = recommend.recommend(c, 'v5e:2x2', compiles=4)
+  assert total == 3 * 5 * 3 + 1
+  (own,) = (row for row in rows if row['method'] == 'mezo')
+  assert (own['backward'], own['precision']) == ('zeroth_order', 'float32')
+  assert own['relative_work'] < 1
 
 
 def test_when_nothing_compiles_the_first_sentence_is_the_error(fake, three_methods):
@@ -239,8 +298,31 @@ def test_when_nothing_fits_the_ways_are_those_that_need_least():
 
 
 def test_a_run_that_fits_or_whose_limit_nobody_knows_is_not_refused():
-  here.check_fits(config.default(), over(500), [])
-  here.check_fits(config.default(), over(5000, fits=None, limit_bytes=None), [])
+  here.check_fits(config.default(), over(500), [card()])
+  here.check_fits(config.default(), over(5000, fits=None, limit_bytes=None), [card()])
+
+
+def card(platform='gpu'):
+  return types.SimpleNamespace(platform=platform, process_index=0)
+
+
+def test_the_first_way_out_on_a_card_is_more_of_it_for_jax(monkeypatch):
+  monkeypatch.setattr(here, 'ways_out', lambda config, found, measure: [])
+  with pytest.raises(ValueError, match=r'XLA_CLIENT_MEM_FRACTION=0.94 before the command  fits'):
+    here.check_fits(config.default(), over(1200), [card()])  # Three quarters are 1000.
+  with pytest.raises(ValueError, match='no change of one field'):
+    here.check_fits(config.default(), over(1300), [card()])
+  with pytest.raises(ValueError, match='no change of one field'):
+    here.check_fits(config.default(), over(1200), [card('tpu')])
+
+
+def test_a_host_that_is_too_small_is_refused(monkeypatch):
+  found = over(500, host_bytes=3 * 2**30)
+  monkeypatch.setattr(memory, 'host_available', lambda: 5 * 2**30)
+  here.check_fits(config.default(), found, [card()])
+  with pytest.raises(ValueError, match=r"keeps 6.00 GiB in this host's memory, .* 5.00 GiB are"):
+    here.check_fits(config.default(), found, [card(), card()])
+  here.check_fits(config.default(), found, [card('cpu')] * 2)  # It is in the limit already.
 
 
 def test_every_change_is_one_that_its_config_can_make():
