@@ -32,15 +32,17 @@ def bnb(torch, monkeypatch):
   from bitsandbytes.backends.cpu import ops
 
   def quantise(x, table, scales, codes, block):
-    flat = x.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
-    scales.copy_(padded.abs().amax(-1))
-    scaled = torch.clamp(padded * (1.0 / scales.clamp(min=1e-38))[:, None], -1, 1)
-    found = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).reshape(-1)[: len(flat)]
-    codes.copy_(found.to(torch.uint8).reshape(codes.shape))
+    for out, made in zip((codes, scales), reference_quantise(torch, x, table, block)):
+      out.copy_(made)
 
   monkeypatch.setattr(ops, '_quant_blockwise_fp32_direct', quantise)
   return bnb
+
+
+def reference_quantise(torch, x, table, block=256):
+  """Codes and scales by the package's PyTorch reference, which its CPU kernel stands before."""
+  key = torch._C.DispatchKey.CompositeExplicitAutograd
+  return torch.ops.bitsandbytes.quantize_blockwise.default._op_dk(key, x, table, block)
 
 
 def gradients(shape):
@@ -53,16 +55,16 @@ def first(shape):
   return (0.02 * np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
 
 
-def run_ours(optimizer, shape, made=gradients, adopt=None):
+def run_ours(optimizer, shape, made=gradients, adopt=None, dtype='float32'):
   """Yields the weights [out, in] after each update of a kernel [in, out].
 
   With `adopt` each update starts from what it returns, the official weight and state: a number
   within f32 rounding of a midpoint ties either way, and would go its own way from then on.
   """
-  params = {'kernel': jnp.asarray(first(shape).T)}
+  params = {'kernel': jnp.asarray(first(shape).T, dtype)}
   state, update = optimizer.init(params), jax.jit(optimizer.update)
   for gradient in made(shape):
-    updates, state = update({'kernel': jnp.asarray(gradient.T)}, state, params)
+    updates, state = update({'kernel': jnp.asarray(gradient.T, dtype)}, state, params)
     params = optax.apply_updates(params, updates)
     yield np.asarray(params['kernel'].T), state
     if adopt is not None:
@@ -110,15 +112,10 @@ def test_codes_are_bitsandbytes(torch, signed):
     not signed
   )
   x[256:512] = 0
-  middles = (table[:-1] + table[1:]) / 2
   found = ours_bnb.quantise(jnp.asarray(x), table.numpy())
-  blocks = np.split(x, range(256, len(x), 256))
-  for i, block in enumerate(blocks):
-    scale = np.abs(block).max()
-    scaled = torch.clamp(torch.tensor(block) * (1.0 / torch.tensor(scale).clamp(min=1e-38)), -1, 1)
-    expected = torch.bucketize(scaled, middles).numpy()
-    np.testing.assert_array_equal(np.asarray(found.codes)[256 * i :][:256], expected)
-    assert found.scales[i] == scale
+  codes, scales = reference_quantise(torch, torch.tensor(x), table)
+  np.testing.assert_array_equal(found.codes, codes.numpy())
+  np.testing.assert_array_equal(found.scales, scales.numpy())
 
 
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])
@@ -128,34 +125,37 @@ def test_adamw8bit_follows_bitsandbytes(torch, bnb, shape, weight_decay):
   official = bnb.optim.AdamW8bit([weight], lr=0.01, weight_decay=weight_decay)
   ours = compat.adamw8bit(lr=0.01, weight_decay=weight_decay, backend='cpu')
 
-  def moment(i):
-    state = official.state[weight]
-    if f'absmax{i}' not in state:
-      return {'kernel': jnp.asarray(state[f'state{i}'].numpy().copy().T)}
-    codes, scales = state[f'state{i}'], state[f'absmax{i}']
-    return {'kernel': flat_blocks.Flat(_array(codes).reshape(-1), _array(scales))}
-
   def adopt(state):
-    return {'kernel': _array(weight).T}, state._replace(state1=moment(1), state2=moment(2))
+    return {'kernel': _array(weight).T}, _with_moments(state, official.state[weight])
 
   for gradient, (mine, state) in zip(gradients(shape), run_ours(ours, shape, adopt=adopt)):
     weight.grad = torch.tensor(gradient)
     official.step()
     np.testing.assert_allclose(mine, _array(weight), rtol=1e-6, atol=1e-6)
-    _check((state.state1, moment(1)), (state.state2, moment(2)))
+    _check(*zip(state[1:], _with_moments(state, official.state[weight])[1:]))
 
 
 OFFICIAL_AO = {8: 'AdamW8bit', 4: 'AdamW4bit', 'fp8': 'AdamWFp8'}
 
 
 @pytest.mark.parametrize('bits', OFFICIAL_AO)
-@pytest.mark.parametrize('shape', [(64, 80), (96, 64), (72, 128), (67, 71)], ids=str)
-def test_adamw8bit_ao_follows_torchao(torch, shape, bits):
+@pytest.mark.parametrize(
+  ('shape', 'dtype'),
+  [
+    *(((64, 80), 'float32'), ((96, 64), 'float32'), ((80, 80), 'float32'), ((67, 71), 'float32')),
+    *(((64, 80), 'bfloat16'), ((67, 71), 'bfloat16')),
+  ],
+  ids=str,
+)
+def test_adamw8bit_ao_follows_torchao(torch, shape, dtype, bits):
   optim = pytest.importorskip('torchao.optim')
   from torchao.optim.adam import single_param_adam
 
   ours = compat.adamw8bit_ao(lr=0.01, weight_decay=0.1, bits=bits)
-  weight = torch.tensor(first(shape))
+  # An update and its sum with a bfloat16 weight are rounded one after the other, as optax has it;
+  # the package rounds the sum alone. Two ulps of 2**-8.
+  rtol, wide = (1e-6, torch.float32) if dtype == 'float32' else (2**-7, torch.bfloat16)
+  weight = torch.tensor(first(shape)).to(wide)
   official = getattr(optim, OFFICIAL_AO[bits])([torch.nn.Parameter(weight)])
   moments = [official._new_buffer(weight, signed) for signed in (True, False)]
 
@@ -169,15 +169,16 @@ def test_adamw8bit_ao_follows_torchao(torch, shape, bits):
   def adopt(state):
     return {'kernel': _array(weight).T}, state._replace(exp_avg=moment(0), exp_avg_sq=moment(1))
 
-  runs = zip(gradients(shape), run_ours(ours, shape, adopt=adopt))
+  runs = zip(gradients(shape), run_ours(ours, shape, adopt=adopt, dtype=dtype))
   for step, (gradient, (mine, state)) in enumerate(runs, 1):
     # What `step` runs, without the compiler.
     single_param_adam(
-      weight, torch.tensor(gradient), torch.tensor(float(step)), *moments, None,
+      weight, torch.tensor(gradient).to(wide), torch.tensor(float(step)), *moments, None,
       torch.tensor(0.01), 0.9, 0.999, 0.1, 1e-8, True, False,
     )  # fmt: skip
-    np.testing.assert_allclose(mine, _array(weight), rtol=1e-6, atol=1e-6)
-    _check((state.exp_avg, moment(0)), (state.exp_avg_sq, moment(1)))
+    theirs = np.float32(_array(weight))
+    np.testing.assert_allclose(np.float32(mine), theirs, rtol=rtol, atol=min(rtol, 1e-4))
+    _check((state.exp_avg, moment(0)), (state.exp_avg_sq, moment(1)), rtol=rtol)
 
 
 def test_codes_are_torchao(torch):
@@ -223,7 +224,7 @@ def test_galore_adamw8bit_follows_the_official_one(
       Optimizer2State.__init__(self, 'adam', *arguments, *gone)
 
   monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
-  group = {'rank': 16, 'update_proj_gap': 100, 'scale': 0.25}
+  group = {'rank': 16, 'update_proj_gap': 5, 'scale': 0.25}
   ours = functools.partial(compat.galore_adamw8bit, proj_type=proj_type)
   if lazy:
     queue = {'quant': False, 'cos_threshold': 0.4, 'gamma_proj': 2, 'queue_size': 3}
@@ -233,29 +234,59 @@ def test_galore_adamw8bit_follows_the_official_one(
   )
   group |= {'proj_type': proj_type, 'quant_group_size': -1, 'quant_n_bit': 8}
   make = lambda weight: Official([{'params': [weight], **group}], 0.01, 0.1)
-  runs = zip(run_ours(ours, shape, drifting), run_theirs(torch, make, shape, drifting))
-  for (mine, _), (weight, theirs) in runs:
-    if min_8bit_size > 2560:
-      np.testing.assert_allclose(mine, weight, rtol=0, atol=1e-6)
-    # A code that ties the other way moves one number of the subspace, far if it is a second moment
-    # next to zero. All others agree; an update moves them by 2.5e-3.
+  last = None
+
+  def adopt(state):
+    weight, theirs = last
+    projected = state[0]._replace(inner=_with_moments(state[0].inner, theirs))
+    return {'kernel': jnp.asarray(weight.T)}, (projected, *state[1:])
+
+  runs = zip(run_ours(ours, shape, drifting, adopt), run_theirs(torch, make, shape, drifting))
+  for (mine, (projected, *_)), last in runs:
+    weight, theirs = last
+    # A second moment whose code is zero leaves a number divided by its own gradient, which may be
+    # all rounding: in the subspace one number or two of 2,560 are off, by 1e-5 of a step's 2.5e-3.
     basis = theirs['projector'].ortho_matrix.numpy()
     off = (mine - weight) @ basis.T if len(basis) == 16 else basis.T @ (mine - weight)
-    assert np.mean(abs(off) > 1e-5) < 1e-2
+    assert np.mean(abs(off) > 1e-6) < (1e-3 if min_8bit_size == 256 else 1e-9)
+    inner = _with_moments(projected.inner, theirs)
+    # The basis is off by 1e-6, so more numbers than by rounding alone meet a midpoint.
+    _check(
+      (projected.inner.state1, inner.state1), (projected.inner.state2, inner.state2), rtol=1e-4
+    )
+  assert (
+    theirs['projector'].svd_count > 2 if lazy else theirs['step'] > 2 * group['update_proj_gap']
+  )
+
+
+def _with_moments(state, official):
+  """Our state of 8-bit Adam with the official moments."""
+
+  def moment(i):
+    if f'absmax{i}' not in official:
+      return {'kernel': _array(official[f'state{i}']).T}
+    codes, scales = official[f'state{i}'], official[f'absmax{i}']
+    return {'kernel': flat_blocks.Flat(_array(codes).reshape(-1), _array(scales))}
+
+  return state._replace(state1=moment(1), state2=moment(2))
 
 
 def _array(tensor):
-  return jnp.asarray(tensor.detach().numpy().copy())
+  tensor = tensor.detach().clone()
+  if str(tensor.dtype) == 'torch.bfloat16':
+    return jnp.asarray(tensor.float().numpy(), jnp.bfloat16)
+  return jnp.asarray(tensor.numpy())
 
 
-def _check(*pairs):
+def _check(*pairs, rtol=1e-6):
   """Codes are the official ones but where f32 rounding meets a midpoint: neighbours, and rare."""
   for mine, official in pairs:
     mine, official = mine['kernel'], official['kernel']
     if not isinstance(mine, flat_blocks.Flat):
       # A first moment is a sum of two terms that may cancel; the larger one's rounding stays.
-      atol = 1e-7 * np.max(np.abs(official))
-      np.testing.assert_allclose(mine, official, rtol=1e-6, atol=atol)
+      mine, official = np.float32(mine), np.float32(official)
+      atol = rtol / 10 * np.max(np.abs(official))
+      np.testing.assert_allclose(mine, official, rtol=rtol, atol=atol)
       continue
-    np.testing.assert_allclose(mine.scales, official.scales, rtol=1e-6)
+    np.testing.assert_allclose(mine.scales, official.scales, rtol=min(rtol, 1e-4))
     assert np.mean(np.asarray(mine.codes) != np.asarray(official.codes)) < 1e-3
