@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec
 
-from memjax import sharding, transforms
+from memjax import optimizers, sharding, transforms
 from memjax.transforms.layers import Layer
 
 
@@ -96,3 +97,11 @@ def test_a_layer_alone_is_rounded_as_in_the_stack():
     jax.tree.map(np.testing.assert_array_equal, alone, one(whole, index))
   # The layers' gradients are equal, their noise is not.
   assert np.any(np.asarray(whole.inner.mu['blocks']['w'][0] != whole.inner.mu['blocks']['w'][1]))
+
+
+def test_a_config_can_ask_for_rounded_moments():
+  params = {'w': jnp.zeros((4, 6))}
+  state = jax.eval_shape(optimizers.OPTIMIZERS['adamw'](1e-3, state_dtype='bfloat16').init, params)
+  assert state[0].inner.mu['w'].dtype == state[0].inner.nu['w'].dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match='state_dtype must be'):
+    optimizers.OPTIMIZERS['adamw'](1e-3, state_dtype='float16')
