@@ -76,11 +76,12 @@ def make_train_step(
     sums = _zeros(jax.eval_shape(transforms.project_gradient, dense, state['opt']))
     carry = {'params': state['params'], 'opt': opt, 'sums': sums}
     carry, losses = lax.scan(one, carry, (jnp.arange(accumulate), parts))
+    sums = carry.pop('sums')
     advance = layerwise.make_advance(
       _of_projections(transform), state, treedef, holder, rounding_key
     )
-    norm = jnp.sqrt(clipping.square(carry['sums']))
-    carry = _update(carry, advance)
+    carry = _update(carry, sums, advance)
+    norm = jnp.sqrt(clipping.square(sums))
     metrics = {'train/loss': jnp.sum(losses), 'train/grad_norm': norm}
     params, opt = carry['params'], treedef.unflatten(carry['opt'])
     return {'step': state['step'] + 1, 'params': params, 'opt': opt}, metrics
@@ -121,9 +122,8 @@ def _make_add(transform, treedef, holder: held.Holder, layers: int):
   return add
 
 
-def _update(carry, advance):
-  """Updates all units from the sums, from the top down."""
-  sums = carry.pop('sums')
+def _update(carry, sums, advance):
+  """Updates all units from their sums, from the top down."""
   layers = slices.count_layers(carry['params'])
   head = {name: sums[name] for name in sums if name not in (STACK, EMBED)}
 
