@@ -33,12 +33,12 @@ def test_no_gradient_is_larger_than_a_layers():
     plan.check_donated(compiled, parts.state)
     return compiled.memory_analysis().temp_size_in_bytes, parts
 
-  few, parts = temporary(4)
-  many, _ = temporary(12)
+  few, parts = temporary(12)  # Of a smaller model the compiler copies weights to faster memory.
+  many, _ = temporary(20)
   hidden = 2 * 64 * 128
-  gradient = sum(2 * x.size // 4 for x in jax.tree.leaves(parts.state['params']['blocks']))
+  gradient = sum(2 * x.size // 12 for x in jax.tree.leaves(parts.state['params']['blocks']))
   assert gradient > 20 * hidden
-  assert many - few <= 12 * hidden
+  assert many - few <= 8 * hidden
 
 
 @pytest.mark.slow
