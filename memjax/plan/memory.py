@@ -169,7 +169,7 @@ def limit_bytes(device: jax.Device) -> int | None:
     return stats.get('bytes_limit')
   if device.platform != 'cpu' or (available := host_available()) is None:
     return None
-  return available // jax.local_device_count()
+  return available // jax.local_device_count(backend='cpu')
 
 
 def host_available() -> int | None:
