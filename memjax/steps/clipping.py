@@ -42,7 +42,8 @@ def clipped(walk: Callable, last, carry: dict, use: Callable, clip_norm, clip_by
     last, total = jax.lax.optimization_barrier((last, jnp.sqrt(measured['square'])))
 
   def clip_and_use(carry, grads, *where):
-    carry = measure(carry, grads)
+    grads, found = with_square(grads)
+    carry = {**carry, 'square': carry['square'] + found}
     if total is not None:
       grads = by_norm(grads, total, clip_norm)
     elif clip_norm is not None:
@@ -55,6 +56,15 @@ def clipped(walk: Callable, last, carry: dict, use: Callable, clip_norm, clip_by
 def square(tree) -> jax.Array:
   """Returns the sum of squares f32[] over all leaves, summed in f32 whatever their dtype."""
   return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree))
+
+
+def with_square(grads):
+  """Returns the gradients and their `square`, which is computed before they are used: what
+  overwrites them would else copy them first.
+  """
+  leaves, treedef = jax.tree.flatten(grads)
+  pairs = [jax.lax.optimization_barrier((x, square(x))) for x in leaves]
+  return treedef.unflatten(x for x, _ in pairs), sum(found for _, found in pairs)
 
 
 def by_norm(tree, norm, clip_norm: float):

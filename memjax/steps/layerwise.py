@@ -115,6 +115,8 @@ def make_advance(transform, state, treedef, holder: held.Holder, rounding_key):
 
   def advance(carry, grads, index, slot=None):
     unit = held.Unit(tuple(grads), index, index if slot is None else slot)
+    if index is not None:
+      carry, grads = _read_anew(carry, grads)
     layer = jnp.int32(0) if index is None else index  # The transform always sees a single layer.
     params = {**carry['params'], STACK: slices.take(carry['params'][STACK], layer)}
     trained = weights.trained(params)
@@ -133,6 +135,21 @@ def make_advance(transform, state, treedef, holder: held.Holder, rounding_key):
     return {**carry, 'params': {**carry['params'], **new}, 'opt': opt}
 
   return advance
+
+
+def _read_anew(carry, grads):
+  """Makes the update of a layer read its weights again: what the pass made of them, such as an
+  array of codes, would be kept for it otherwise.
+
+  Leaf by leaf, so that a leaf may be updated before the gradients of the others exist.
+  """
+  stack = carry['params'][STACK]
+  leaves, treedef = jax.tree.flatten(grads[STACK])
+  pairs = zip(leaves, treedef.flatten_up_to(weights.trained(stack)), strict=True)
+  leaves, trained = zip(*map(jax.lax.optimization_barrier, pairs), strict=True)
+  stack = weights.replaced(stack, treedef.unflatten(trained))
+  carry = {**carry, 'params': {**carry['params'], STACK: stack}}
+  return carry, {STACK: treedef.unflatten(leaves)}
 
 
 def shardings_of(treedef, shardings) -> list:

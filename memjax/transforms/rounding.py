@@ -1,7 +1,5 @@
 """Adding updates to parameters that have fewer bits than the sum."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +42,15 @@ def apply_updates(params, updates, key: jax.Array | None = None, layer: jax.Arra
   """
 
   def add_all(params, updates, key, layer):
-    add_leaf = functools.partial(_add, key, layer)
     is_leaf = lambda x: x is None or isinstance(x, Int8)
-    return jax.tree_util.tree_map_with_path(add_leaf, params, updates, is_leaf=is_leaf)
+    named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    new = []
+    for (path, param), update in zip(named, treedef.flatten_up_to(updates), strict=True):
+      if is_weight(param) and new:
+        # One after the other: the compiler would else round matrices of one shape together.
+        update, new[-1] = jax.lax.optimization_barrier((update, new[-1]))
+      new.append(_add(key, layer, path, param, update))
+    return treedef.unflatten(new)
 
   return explicit.on_auto_axes(add_all, params, params, updates, key, layer)
 

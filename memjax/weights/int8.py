@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Sharding
 
 from memjax.weights.weight import dot
@@ -19,8 +20,9 @@ from memjax.weights.weight import dot
 STEPS = 127  # Codes on each side of zero.
 BLOCK = 256  # Most numbers that share a scale.
 # Blocks run along m because a TPU lays int8 out in tiles of 32 x 128: cutting m into multiples of
-# 32 moves nothing, cutting n would copy the matrix in f32. At 64, scales take a 16th of the codes.
-MULTIPLE = 64
+# 32 moves nothing, cutting n would copy the matrix in f32.
+TILE = 32
+LEAST = 64  # Scales take a 16th of the codes then.
 
 
 @functools.partial(
@@ -65,7 +67,9 @@ class Int8:
 
   def materialize(self) -> jax.Array:
     """Returns the array `[..., m, n]` that this leaf stands for."""
-    return self._float32().astype(self.dtype)
+    # A TPU's compiler that sees through the reshape makes an f32 matrix of codes first.
+    codes = lax.optimization_barrier(self.codes.reshape(self._cut_shape()))
+    return _times(codes, self.scales).astype(self.dtype).reshape(self.codes.shape)
 
   def spread(self, entries: tuple) -> 'Int8':
     """See `memjax.sharding.weight_shardings`."""
@@ -79,13 +83,19 @@ class Int8:
       key: Key of the stochastic rounding; None rounds to nearest, which loses updates under half a
         step, a 254th of the block's largest weight.
     """
-    return quantise(self._float32() + update.astype(jnp.float32), self.dtype, key)
+    shape = self._cut_shape()
+    old, update = (self.codes.reshape(shape), self.scales), update.reshape(shape)
+    total = lambda old: _times(*old) + update.astype(jnp.float32)
+    scales = _scales(total(old))
+    # The sum is formed twice: to keep it would take an f32 matrix.
+    old, scales = lax.optimization_barrier((old, scales))
+    codes = _codes(total(old), scales, key).reshape(self.codes.shape)
+    return Int8(codes, scales, self.dtype)
 
-  def _float32(self):
+  def _cut_shape(self):
     *batch, m, n = self.codes.shape
     blocks = self.scales.shape[-2]
-    cut = self.codes.reshape(*batch, blocks, m // blocks, n).astype(jnp.float32)
-    return (cut * self.scales[..., None, :]).reshape(*batch, m, n)
+    return *batch, blocks, m // blocks, n
 
 
 def quantise(x: jax.Array, dtype=None, key: jax.Array | None = None) -> Int8:
@@ -111,32 +121,45 @@ def quantise(x: jax.Array, dtype=None, key: jax.Array | None = None) -> Int8:
   *batch, m, n = x.shape
   block = block_size(m)
   cut = x.astype(jnp.float32).reshape(*batch, m // block, block, n)
+  scales = _scales(cut)
+  codes = _codes(cut, scales, key).reshape(x.shape)
+  return Int8(codes, scales, np.dtype(x.dtype if dtype is None else dtype))
+
+
+def _times(codes, scales):
+  """The numbers f32[..., m / b, b, n] that codes of that shape stand for."""
+  return codes.astype(jnp.float32) * scales[..., None, :]
+
+
+def _scales(cut):
   scales = jnp.max(jnp.abs(cut), axis=-2) / STEPS
   # What divides must be a normal number: the reciprocal of others is infinite.
-  scales = jnp.where(scales < np.finfo(np.float32).tiny, 0, scales)
-  steps = (cut / jnp.where(scales == 0, 1, scales)[..., None, :]).reshape(x.shape)
+  return jnp.where(scales < np.finfo(np.float32).tiny, 0, scales)
+
+
+def _codes(cut, scales, key):
+  steps = cut / jnp.where(scales == 0, 1, scales)[..., None, :]
   if key is None:
     steps = jnp.round(steps)
   else:
     # In the middle of its interval, so that 16 bits of noise have no bias.
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32) + np.float32(0.5)
+    noise = jax.random.bits(key, cut.shape, jnp.uint16).astype(jnp.float32) + np.float32(0.5)
     steps = jnp.floor(steps + noise * np.float32(2**-16))
-  codes = jnp.clip(steps, -STEPS, STEPS).astype(jnp.int8)
-  return Int8(codes, scales, np.dtype(x.dtype if dtype is None else dtype))
+  return jnp.clip(steps, -STEPS, STEPS).astype(jnp.int8)
 
 
 def block_size(rows: int) -> int:
   """Returns how many of `m` rows share a scale: at most 256, a divisor of m.
 
-  Among multiples of 64, or all divisors where there is none, it is the one that lets most devices,
-  up to 8, hold whole blocks, and then the largest. Depends on m alone: a checkpoint of one mesh is
-  read on another.
+  Among multiples of 32 from 64 on, or all divisors where there is none, it is the one that lets
+  most devices, up to 8, hold whole blocks, and then the largest. Depends on m alone: a checkpoint
+  of one mesh is read on another.
 
   >>> [block_size(m) for m in (4096, 11008, 5120, 13824, 172)]
-  [256, 64, 128, 192, 172]
+  [256, 64, 160, 192, 172]
   """
   divisors = [size for size in range(1, min(rows, BLOCK) + 1) if rows % size == 0]
-  tiled = [size for size in divisors if size % MULTIPLE == 0]
+  tiled = [size for size in divisors if size % TILE == 0 and size >= LEAST]
   return max(tiled or divisors[-1:], key=lambda size: (math.gcd(rows // size, 8), size))
 
 
