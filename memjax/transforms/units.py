@@ -18,8 +18,8 @@ from memjax.transforms import explicit
 _VECTOR = re.compile(r'norm|scale|bias|^(b|ln)$|^ln_|_ln$', re.IGNORECASE)
 
 # What is trained of an adapted matrix: its factors, and vectors beside them.
-_FACTOR = re.compile(r'(?<=kernel)(/adapted)?/[ab]$')
-_BESIDE_FACTORS = re.compile(r'kernel/(magnitude|gate)$')
+_FACTOR = re.compile(r'((?<=kernel)|(?<=embedding))(/adapted)?/[ab]$')
+_BESIDE_FACTORS = re.compile(r'(kernel|embedding)/(magnitude|gate)$')
 
 
 def is_matrix(path: str, leaf: Any) -> bool:

@@ -68,5 +68,6 @@ def test_factors_are_matrices_and_vectors_beside_them_are_not(kind):
     assert all(leaf != is_vector[path_string(path).split('/')[-1]] for path, leaf in leaves)
 
 
-def test_a_bias_that_is_called_b_is_a_vector():
+def test_a_bias_that_is_called_b_is_a_vector_and_a_factor_of_an_embedding_is_none():
+  assert units.is_matrix('embed/embedding/b', jax.ShapeDtypeStruct((4, 8), jnp.float32))
   assert not units.is_matrix('blocks/mlp/b', jax.ShapeDtypeStruct((3, 8), jnp.float32))
