@@ -346,6 +346,11 @@ def _check_restarts(c: ConfigDict) -> None:
       f'config.step={c.step!r} with config.offload_state={c.offload_state} does not let it; set '
       "config.step='whole_tree', 'layerwise' or 'zeroth_order', and config.offload_state=0"
     )
+  if c.step == 'hybrid' and c.adapter.get('pool') == 'host':
+    raise ValueError(
+      "config.adapter.pool='host' holds the pools of all layers together, which "
+      "config.step='hybrid' cuts in two; set config.adapter.pool='keys' or 'device'"
+    )
 
 
 def _check_task(c: ConfigDict) -> None:
