@@ -28,6 +28,7 @@ class Task(NamedTuple):
   number: int  # Micro-batches.
   count: jax.Array  # f32[], tokens of the whole batch; the loss is the mean over them.
   lay_out: Callable  # Of a dict of gradients: returns it sharded like the parameters.
+  only: Any = None  # Number of the only micro-batch here, see `micro_batches.accumulate`.
 
 
 def forward(task: Task, params: dict) -> tuple[jax.Array, jax.Array]:
@@ -35,7 +36,7 @@ def forward(task: Task, params: dict) -> tuple[jax.Array, jax.Array]:
   model = task.model
 
   def each(function, parts):
-    return accumulate(lambda *part: ((), function(*part)), parts, task.number)[1]
+    return accumulate(lambda *part: ((), function(*part)), parts, task.number, task.only)[1]
 
   x = each(lambda tokens, _: model.embed(params, tokens), task.batch['tokens'])
 
@@ -64,6 +65,8 @@ def backward(task: Task, last, inputs, carry: dict, use: Callable) -> tuple[jax.
     The mean loss f32[], and the last carry.
   """
   loss, grads, cotangent = head_grads(task, carry['params'], last)
+  # The loss is computed now: the compiler would else keep a copy of the old head for it.
+  loss, grads, cotangent = lax.optimization_barrier((loss, grads, cotangent))
   tied = grads.pop(EMBED, None)
   carry = use(carry, task.lay_out(grads), None)
   # The head's gradient is used up before the first layer's is formed.
@@ -100,7 +103,7 @@ def head_grads(task, params, last):
     loss, (grads, cotangent) = jax.value_and_grad(share, argnums=(0, 1))(trained, x, part, index)
     return (loss, grads), cotangent
 
-  (loss, grads), cotangent = accumulate(one, (last, task.batch), task.number)
+  (loss, grads), cotangent = accumulate(one, (last, task.batch), task.number, task.only)
   return loss, grads, cotangent
 
 
@@ -140,7 +143,7 @@ def _layer(task, layer, x, cotangent):
     # Here and not after the loops around, so that each device sums up its own shard only.
     return task.lay_out({STACK: grads})[STACK], cotangent
 
-  return accumulate(one, (x, cotangent), task.number)
+  return accumulate(one, (x, cotangent), task.number, task.only)
 
 
 def run_block(task, layer, x):

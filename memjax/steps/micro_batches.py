@@ -22,7 +22,7 @@ def split(batch: Any, number: int) -> Any:
   )
 
 
-def accumulate(function: Callable, parts: Any, number: int) -> tuple[Any, Any]:
+def accumulate(function: Callable, parts: Any, number: int, only: Any = None) -> tuple[Any, Any]:
   """Calls `function(part, index) -> (summed, kept)` on each micro-batch.
 
   Args:
@@ -30,13 +30,14 @@ def accumulate(function: Callable, parts: Any, number: int) -> tuple[Any, Any]:
       the micro-batch, see `memjax.weights.in_part`.
     parts: What `split` returned.
     number: Micro-batches.
+    only: The number of the only one, where a loop around it has others.
 
   Returns:
     The sums, which have the function's own dtypes for a single micro-batch; and what was kept,
     `[A, ...]` for more than one.
   """
   if number == 1:
-    return function(parts, 0)
+    return function(parts, only)
 
   def add(total, indexed):
     summed, kept = function(*indexed)

@@ -67,7 +67,7 @@ def make_train_step(
 
     def one(carry, indexed):
       turn, part = indexed
-      task = Task(model, part, 1, count, lay_out)
+      task = Task(model, part, 1, count, lay_out, turn)
       last, inputs = forward(task, carry['params'])
       use = lambda carry, grads, index: add(carry, grads, index, turn == 0)
       loss, carry = backward(task, last, inputs, carry, use)
