@@ -36,6 +36,7 @@ METHODS = {
   'lora': (dict(name='adamw', learning_rate=0.01), 0.05),
   'muon': (dict(name='muon', learning_rate=0.01), 0.3),
   'q_galore': (dict(name='q_galore', **_LOW_RANK), 1.0),
+  'qlora': (dict(name='adamw', learning_rate=0.01), 0.05),
   'q_galore8bit': (dict(name='q_galore8bit', **_LOW_RANK), 1.0),
   'relora': (dict(name='adamw', learning_rate=0.01), 0.05),
   'rso': (dict(name='vector_adam', learning_rate=0.01), 0.025),
@@ -45,6 +46,7 @@ METHODS = {
 # What is trained in place of the layers' matrices, by methods that are adapters.
 ADAPTERS = {
   'lora': dict(name='lora', rank=64, rest='.*'),
+  'qlora': dict(name='lora', rank=64, rest='.*'),
   'relora': dict(name='relora', rank=64, every=200),
   'rso': dict(name='rso', rank=64, every=50),
   'switchlora': dict(name='switchlora', rank=64, alpha=8.0, descent=100),
@@ -65,6 +67,7 @@ def get_config(arg=''):
   c.optimizer.learning_rate = arg.learning_rate or c.optimizer.learning_rate
   if arg.smoke and 'rank' in c.optimizer:
     c.optimizer.rank, c.optimizer.refresh_every = 8, 2
+  c.weights = 'nf4' if arg.method == 'qlora' else 'dense'
   c.adapter = adapter(**ADAPTERS.get(arg.method, dict(name='none')))
   if arg.smoke:
     c.adapter.rank = 8

@@ -80,7 +80,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
   init_params = adapted(pretrained.starting(model, _store(config)), adapter)
   start = pretrained.shapes(config, model)
   stored = jax.eval_shape(init_params, start)
-  placed = _place_params(stored, model, mesh)
+  placed = _place_params(stored, model, mesh, adapter)
   params, dense_shardings = map(weights.dense, map(weights.trained, (stored, placed)))
   layout = sharding.layout(params, dense_shardings)
 
@@ -303,10 +303,13 @@ def adapted(init_params, adapter):
   return init
 
 
-def _place_params(params, model, mesh):
-  """The shardings of stored parameters, by the model's rules for what they stand for."""
+def _place_params(params, model, mesh, adapter=None):
+  """The shardings of stored parameters, by the model's rules for what they stand for; what an
+  adapter keeps in the host's memory is there.
+  """
   whole = sharding.param_shardings(weights.whole(params), model.SHARDING, mesh)
-  return sharding.weight_shardings(params, whole)
+  placed = sharding.weight_shardings(params, whole)
+  return adapter.place(placed) if hasattr(adapter, 'place') else placed
 
 
 def _jit_step(step, shardings):

@@ -17,6 +17,7 @@ from memjax.adapters.noise import at_rest, with_keys
 from memjax.adapters.over_time import over_time
 from memjax.adapters.pc_lora import PCLoRA, compressed, distilled
 from memjax.adapters.peft import load_peft, save_peft
+from memjax.adapters.products import load_products, save_products
 from memjax.adapters.rates import labels, lora_plus, optimizer_of
 from memjax.adapters.relora import ReLoRA, relora
 from memjax.adapters.rso import RSO
@@ -46,6 +47,7 @@ __all__ = [
   'fold',
   'labels',
   'load_peft',
+  'load_products',
   'lora_plus',
   'merge',
   'optimizer_of',
@@ -54,6 +56,7 @@ __all__ = [
   'relora',
   'replaced',
   'save_peft',
+  'save_products',
   'trainable',
   'with_keys',
 ]

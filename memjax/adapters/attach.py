@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import weights
+from memjax.adapters.merge import over
 from memjax.naming import fold_in_path, nearest, path_string
 from memjax.transforms.targets import default_targets
 
@@ -53,7 +54,7 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
   named = {path_string(path): leaf for path, leaf in named}
   chosen = _targets(named, spec)
   for path in filter(chosen.__contains__, named):
-    _check(path, named[path], spec.rank)
+    _check(path, named[path], spec)
     if hasattr(spec, 'check'):
       spec.check(path, weights.whole(named[path]).shape[-2:])
   if spec.rest and spec.rest != '.*' and not any(re.search(spec.rest, path) for path in named):
@@ -92,8 +93,13 @@ def _targets(named, spec) -> set[str]:
   return chosen
 
 
-def _check(path, leaf, rank):
-  shape = weights.whole(leaf).shape
+def _check(path, leaf, spec):
+  shape, rank = weights.whole(leaf).shape, spec.rank
+  if weights.is_weight(leaf) and hasattr(spec, 'restart'):
+    raise ValueError(
+      f'{path} is held as {type(leaf).__name__}, and {type(spec).__name__} would round it to few '
+      'levels whenever it adds to it; keep it dense, or attach LoRA'
+    )
   if len(shape) not in (2, 3):
     raise ValueError(f'{path}: shape {shape} is no matrix [m, n] or stack [L, m, n] to adapt')
   if not 1 <= rank <= min(shape[-2:]):
@@ -104,9 +110,21 @@ def _check(path, leaf, rank):
 
 
 def _adapt(leaf, spec, key):
-  if len(weights.whole(leaf).shape) == 2:
+  shape = weights.whole(leaf).shape
+  if len(shape) == 2:
     return spec.adapt(leaf, key)
-  # Not by a loop, which would copy the stack: what is only passed on stays where it is.
-  layers = jnp.arange(weights.whole(leaf).shape[0])
-  adapt_layer = lambda matrix, index: spec.adapt(matrix, jax.random.fold_in(key, index))
-  return jax.vmap(adapt_layer)(leaf, layers)
+
+  def adapt_layer(layer):
+    matrix, index = layer  # Which may lie in the host's memory.
+    matrix = jax.device_put(matrix, jax.memory.Space.Device)
+    adapted = spec.adapt(matrix, jax.random.fold_in(key, index))
+    return over(adapted, None) if _base(adapted) is matrix else adapted
+
+  # One layer after the other, since what a method computes of a matrix is in f32. What is only
+  # passed on stays where it is.
+  adapted = jax.lax.map(adapt_layer, (leaf, jnp.arange(shape[0])))
+  return over(adapted, leaf) if _base(adapted) is None else adapted
+
+
+def _base(leaf):
+  return getattr(leaf, 'adapted', leaf).base

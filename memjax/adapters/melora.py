@@ -27,6 +27,13 @@ class MELoRA(LoRA):
 
   blocks: int = 2
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.form:
+      raise ValueError(
+        f"form is {self.form!r}, but blocks are multiplied one by one whatever it is; set form=''"
+      )
+
   def check(self, path: str, shape: tuple[int, int]) -> None:
     """Raises a `ValueError` for a matrix that is not cut into blocks of this rank."""
     if self.blocks < 1 or any(side % self.blocks for side in shape):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import weights
+from memjax.adapters import pools
 from memjax.naming import fold_in_path, path_string
 
 
@@ -28,12 +29,12 @@ def with_keys(params: Any, key: jax.Array) -> Any:
 
 
 def at_rest(params: Any) -> Any:
-  """Returns parameters as validation and sampling see them: without noise."""
+  """Returns parameters as validation and sampling see them: without noise, and without pools."""
 
   def rest(leaf):
     return leaf.with_key(None) if hasattr(leaf, 'with_key') else leaf
 
-  return jax.tree.map(rest, params, is_leaf=weights.is_weight)
+  return pools.without(jax.tree.map(rest, params, is_leaf=weights.is_weight))
 
 
 def layer_keys(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:

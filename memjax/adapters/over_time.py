@@ -13,11 +13,12 @@ def over_time(
 ) -> Callable:
   """Returns a training step that first lets the method act on the state.
 
-  Any step will do. A specification may have either of two methods, or both:
+  Any step will do. A specification may have any of these methods:
 
   - `advance(state, key) -> state` gives the leaves the noise of this step;
   - `restart(state, key, init) -> state` changes what is trained, in a step that is due, and with it
-    the optimizer's state.
+    the optimizer's state;
+  - `around(step) -> step` keeps from the step what it has no use for.
 
   What they do depends on `state['step']` alone, so that a resumed run does the same.
 
@@ -31,6 +32,7 @@ def over_time(
   restart, advance = getattr(spec, 'restart', None), getattr(spec, 'advance', None)
   if restart is None and advance is None:
     return step
+  step = spec.around(step) if hasattr(spec, 'around') else step
 
   def acting(state, batch):
     if restart is not None:

@@ -117,7 +117,8 @@ def distilled(model: Any, task_share: float) -> Callable:
 def compressed(params: Any) -> Any:
   """Returns the parameters without the weights that have faded: products of two factors each.
 
-  Not under `jit`: it looks at what is left.
+  The model computes with them as they are; `memjax.adapters.save_products` writes them. Not under
+  `jit`: it looks at what is left.
 
   Raises:
     ValueError: naming a leaf whose weight is not gone yet, or when no leaf has faded.

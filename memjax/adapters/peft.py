@@ -298,6 +298,11 @@ def _plain(path, leaf):
     inner, magnitude = leaf.adapted, leaf.magnitude
   else:
     inner, magnitude = leaf.adapted if isinstance(leaf, weights.Flat) else leaf, None
+  if isinstance(inner, weights.Restarted):
+    raise ValueError(
+      f'{path}: its factors are what was learnt since the last restart, and the rest is in the '
+      'weights, which the form of peft does not hold; merge the adapters, and save the model'
+    )
   if isinstance(inner, weights.Adapted) and not weights.is_weight(inner.a):
     return inner, magnitude
   kind = f'a {type(leaf).__name__}' if weights.is_weight(leaf) else 'an array that is trained'
@@ -314,14 +319,15 @@ def _tensors(module, owner, inner, magnitude) -> dict[str, np.ndarray]:
       f'{owner.name.path} is part of {module!r} in the Hugging Face model, which has one adapter '
       'for all its parts; merge, and save the model'
     )
-  parts = dict(a=_fetch(inner.a, owner.layer).T, b=_fetch(inner.b, owner.layer).T)
+  parts = dict(a=fetch(inner.a, owner.layer).T, b=fetch(inner.b, owner.layer).T)
   if magnitude is not None:
-    parts['magnitude'] = _fetch(magnitude, owner.layer)
+    parts['magnitude'] = fetch(magnitude, owner.layer)
   keys = {part: f'{PREFIX}{module}.{suffix}' for suffix, part in PARTS.items()}
   return {keys[part]: np.ascontiguousarray(value) for part, value in parts.items()}
 
 
-def _fetch(stack, layer) -> np.ndarray:
+def fetch(stack: jax.Array, layer: int | None = None) -> np.ndarray:
+  """Returns an array, or one layer of it, in host memory, gathered over processes."""
   if not stack.is_fully_addressable:
     stack = multihost_utils.process_allgather(stack, tiled=True)
   return np.asarray(stack) if layer is None else np.asarray(stack[layer])

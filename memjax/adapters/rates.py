@@ -15,21 +15,30 @@ def labels(trained: Any) -> Any:
   """Returns what each trained leaf is, for `optax.partition`.
 
   Args:
-    trained: As `memjax.adapters.trainable` returns it, or a tree of its structure.
+    trained: As `memjax.adapters.trainable` returns it, or a tree of its structure. A dict with an
+      entry `b` and no others than parts of adapted weights is taken for one.
 
   Returns:
     The same tree with one of `'a'`, `'b'`, `'magnitude'` (of DoRA), `'gate'` (of SoRA) and `'rest'`
     in place of each leaf.
 
-  >>> labels({'kernel': {'a': 0, 'b': 1}, 'bias': 2, 'head': None})
-  {'bias': 'rest', 'head': None, 'kernel': {'a': 'a', 'b': 'b'}}
+  >>> labels({'kernel': {'a': 0, 'b': 1}, 'dense': {'w': 2, 'b': 3}, 'head': None})
+  {'dense': {'b': 'rest', 'w': 'rest'}, 'head': None, 'kernel': {'a': 'a', 'b': 'b'}}
   """
 
-  def label(path, _):
-    last = path_string(path[-1:])
-    return last if last in PARTS else 'rest'
+  def label(path, node):
+    if not _is_adapted(node):
+      return 'rest'
+    return jax.tree.map_with_path(lambda path, _: path_string(path[-1:]), node)
 
-  return jax.tree.map_with_path(label, trained)
+  return jax.tree.map_with_path(label, trained, is_leaf=_is_adapted)
+
+
+def _is_adapted(node) -> bool:
+  """Whether a node has the form that an adapted weight has in a tree of what is trained."""
+  if not isinstance(node, dict) or not set(node) <= {*PARTS, 'adapted'}:
+    return False
+  return 'b' in node or _is_adapted(node.get('adapted'))
 
 
 def only(part: str, transform: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -72,9 +72,9 @@ class ReLoRA(LoRA):
     if not 0 <= self.offset < self.every:
       raise ValueError(f'offset {self.offset} is not in [0, every), every being {self.every}')
 
-  def adapt(self, matrix: Any, key: jax.Array) -> weights.Adapted:
+  def adapt(self, matrix: Any, key: jax.Array) -> weights.Restarted:
     """Returns the adapted leaf of a matrix `[m, n]`."""
-    leaf = super().adapt(matrix, key)
+    leaf = weights.Restarted(**vars(super().adapt(matrix, key)))
     return dataclasses.replace(leaf, a=jnp.zeros_like(leaf.a)) if self.dead_start else leaf
 
   def due(self, step: jax.Array) -> jax.Array:
@@ -91,20 +91,19 @@ class ReLoRA(LoRA):
     """
     due = self.due(state['step'])
     key = jax.random.fold_in(key, state['step'])
-    shapes = {}
+    is_own = lambda leaf: isinstance(leaf, weights.Adapted)
+    named = jax.tree.leaves_with_path(state['params'], is_leaf=weights.is_weight)
+    own = {path_string(path): leaf for path, leaf in named if is_own(leaf)}
+    shapes = {
+      f'{path}/{part}': getattr(leaf, part).shape for path, leaf in own.items() for part in 'ab'
+    }
 
-    def renew(path, leaf):
-      if not isinstance(leaf, weights.Adapted):
-        return leaf
-      path = path_string(path)
-      shapes.update({f'{path}/a': leaf.a.shape, f'{path}/b': leaf.b.shape})
-      draw, noise = jax.random.split(fold_in_path(key, path))
-      base = fold(leaf, noise, due)
-      a = state_lib.when(due, lambda a: self._redrawn(a, draw), leaf.a)
-      b = jnp.where(due, jnp.zeros_like(leaf.b), leaf.b)
-      return dataclasses.replace(leaf, base=base, a=a, b=b)
+    def renew(own):
+      return {path: self._renewed(leaf, fold_in_path(key, path)) for path, leaf in own.items()}
 
-    params = jax.tree.map_with_path(renew, state['params'], is_leaf=weights.is_weight)
+    own = state_lib.when(due, renew, own)
+    put = lambda path, leaf: own.get(path_string(path), leaf)
+    params = jax.tree.map_with_path(put, state['params'], is_leaf=weights.is_weight)
     if self.prune == 'zero':
       where = dict.fromkeys(shapes, due)
       opt = state_lib.restarted(state['opt'], state_lib.fresh(init, params), where)
@@ -112,6 +111,11 @@ class ReLoRA(LoRA):
       prune = lambda owner, moments: self._pruned(fold_in_path(key, f'prune {owner}'), moments)
       opt = state_lib.pruned(state['opt'], prune, shapes, due)
     return {**state, 'params': params, 'opt': opt}
+
+  def _renewed(self, leaf, key):
+    draw, noise = jax.random.split(key)
+    a, b = self._redrawn(leaf.a, draw), jnp.zeros_like(leaf.b)
+    return dataclasses.replace(leaf, base=fold(leaf, noise), a=a, b=b)
 
   def _redrawn(self, a, key):
     *batch, m, rank = a.shape

@@ -61,12 +61,12 @@ class RSO:
     if self.every < 1:
       raise ValueError(f'every is {self.every}; a subspace lasts at least one update')
 
-  def adapt(self, matrix: Any, key: jax.Array) -> weights.Adapted:
+  def adapt(self, matrix: Any, key: jax.Array) -> weights.Restarted:
     """Returns the leaf of a matrix `[m, n]`, in its first subspace."""
     shape = weights.whole(matrix)
     m, n = shape.shape
     subspace = weights.Drawn(jax.random.key_data(key), (m, self.rank), 1 / math.sqrt(self.rank))
-    return weights.Adapted(
+    return weights.Restarted(
       matrix, subspace, jnp.zeros((self.rank, n), jnp.dtype(self.dtype or shape.dtype))
     )
 
@@ -80,26 +80,24 @@ class RSO:
     """
     due = (state['step'] > 0) & (state['step'] % self.every == 0)
     key = jax.random.fold_in(key, state['step'])
-    where = {}
+    named = jax.tree.leaves_with_path(state['params'], is_leaf=weights.is_weight)
+    own = {path_string(path): leaf for path, leaf in named if isinstance(leaf, weights.Adapted)}
+    where = {f'{path}/b': due for path in own}
 
-    def renew(path, leaf):
-      if not isinstance(leaf, weights.Adapted):
-        return leaf
-      path = path_string(path)
-      where[f'{path}/b'] = due
-      draw, noise = jax.random.split(fold_in_path(key, path))
-      base = fold(leaf, noise, due)
-      b = jnp.where(due, jnp.zeros_like(leaf.b), leaf.b)
-      return dataclasses.replace(leaf, base=base, a=_redrawn(leaf.a, draw, due), b=b)
+    def renew(own):
+      return {path: _renewed(leaf, fold_in_path(key, path)) for path, leaf in own.items()}
 
-    params = jax.tree.map_with_path(renew, state['params'], is_leaf=weights.is_weight)
+    own = state_lib.when(due, renew, own)
+    put = lambda path, leaf: own.get(path_string(path), leaf)
+    params = jax.tree.map_with_path(put, state['params'], is_leaf=weights.is_weight)
     opt = state_lib.restarted(state['opt'], state_lib.fresh(init, params), where)
     return {**state, 'params': params, 'opt': opt}
 
 
-def _redrawn(subspace, key, due):
-  """Another subspace of the same law; one that is not drawn stays."""
-  if not isinstance(subspace, weights.Drawn):
-    return subspace
-  keys = layer_keys(key, subspace.key.shape[:-1])
-  return dataclasses.replace(subspace, key=jnp.where(due, keys, subspace.key))
+def _renewed(leaf, key):
+  """The leaf in another subspace of the same law; one that is not drawn stays."""
+  draw, noise = jax.random.split(key)
+  a = leaf.a
+  if isinstance(a, weights.Drawn):
+    a = dataclasses.replace(a, key=layer_keys(draw, a.key.shape[:-1]))
+  return dataclasses.replace(leaf, base=fold(leaf, noise), a=a, b=jnp.zeros_like(leaf.b))

@@ -94,6 +94,8 @@ def pruned(state: Any, prune: Callable, shapes: Mapping[str, tuple[int, ...]], d
 def when(due: Any, function: Callable, x: Any) -> Any:
   """Returns `function(x)` when it is due, else `x`: a loop that runs once or not at all, which
   computes nothing then and changes donated arrays in place.
+
+  A GPU waits for its host to learn whether it runs: take one for all that is due together.
   """
   return jax.lax.fori_loop(0, jnp.where(due, 1, 0), lambda _, x: function(x), x)
 

@@ -8,20 +8,21 @@ min(m, n)` candidates; at most `q` vectors of a factor are exchanged in one upda
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from memjax import weights
+from memjax.adapters import pools
 from memjax.adapters import state as state_lib
-from memjax.adapters.merge import fold
+from memjax.adapters.merge import fold, over
 from memjax.adapters.noise import layer_keys
 from memjax.naming import fold_in_path, path_string
 from memjax.transforms.rounding import add_update
 from memjax.weights.switched import Switched
 
-POOLS = ('keys', 'device')
+POOLS = ('keys', 'device', 'host')
 _FACTOR = 0.3  # What is left of the frequency of switches after `descent` updates.
 _A, _B, _COUNT, _ROUND = range(4)  # What a key is for.
 
@@ -52,8 +53,10 @@ class SwitchLoRA:
       take a tenth of all updates.
     freeze: Updates for which the counterpart of a new vector is frozen.
     pool: 'device' keeps the candidates beside the matrix, `c (m + n)` numbers, more than its own;
-      vectors go back to their place with what they have learnt, as published. 'keys' keeps none:
-      each candidate is drawn as it comes, and what a vector has learnt stays in W alone.
+      vectors go back to their place with what they have learnt, as published. 'host' does the same
+      in the host's memory, of which vectors visit the device one by one, `q` of each factor and
+      layer an update. 'keys' keeps none: each candidate is drawn as it comes, and what a vector has
+      learnt stays in W alone.
     init: 'spread' draws both factors so that either's updates move the product alike, and takes
       their product off W; 'lora' draws A as LoRA does, and B and its candidates are zero.
     dtype: Of the factors; '' is that of the matrix.
@@ -98,7 +101,7 @@ class SwitchLoRA:
     """Returns the adapted leaf of a matrix `[m, n]`."""
     shape = weights.whole(matrix)
     m, n = shape.shape
-    dtype, pool = jnp.dtype(self.dtype or shape.dtype), jnp.arange(min(m, n))
+    dtype, everyone = jnp.dtype(self.dtype or shape.dtype), jnp.arange(min(m, n))
     first = min(m, n) - self.rank
     chosen_a = first + jnp.arange(self.rank)
     # Rotated by half, since exchanges of B begin there.
@@ -106,12 +109,13 @@ class SwitchLoRA:
     draw_a = lambda ids: self._draw(key, _A, ids, (m, n), dtype)
     draw_b = lambda ids: self._draw(key, _B, ids, (m, n), dtype)
     zeros = jnp.zeros(self.rank, jnp.int32)
+    keep = lambda pool: pools.store(pool) if self.pool == 'host' else pool
     leaf = Switched(
       base=matrix,
       a=draw_a(chosen_a).T,
       b=draw_b(chosen_b),
-      pool_a=draw_a(pool) if self.pool == 'device' else None,
-      pool_b=draw_b(pool) if self.pool == 'device' else None,
+      pool_a=keep(draw_a(everyone)) if self.pool != 'keys' else None,
+      pool_b=keep(draw_b(everyone)) if self.pool != 'keys' else None,
       chosen_a=chosen_a,
       chosen_b=chosen_b,
       frozen_a=zeros,
@@ -130,7 +134,8 @@ class SwitchLoRA:
       key: Root key of new vectors, of how many there are, and of the rounding of W.
       init: Of the optimizer.
     """
-    interval, where = self.interval_at(state['step']), {}
+    interval = self.interval_at(state['step'])
+    where, sums = {}, {}
 
     def renew(path, leaf):
       if not isinstance(leaf, Switched) or self.rank == min(leaf.a.shape[-2], leaf.b.shape[-1]):
@@ -138,64 +143,118 @@ class SwitchLoRA:
       path = path_string(path)
       leaf_key = fold_in_path(key, path)
       now = jax.random.fold_in(leaf_key, state['step'])
-      leaf, taken = self._exchanged(leaf, leaf_key, now, interval)
-      base = fold(taken, jax.random.fold_in(now, _ROUND), jnp.any(taken.b != 0))
+      leaf, sums[path] = self._exchanged(leaf, leaf_key, now, interval)
       where[f'{path}/a'] = (leaf.frozen_a == self.freeze)[..., None, :]
       where[f'{path}/b'] = (leaf.frozen_b == self.freeze)[..., :, None]
-      return dataclasses.replace(leaf, base=base)
+      return leaf
+
+    def add(bases):
+      noise = lambda path: jax.random.fold_in(
+        jax.random.fold_in(fold_in_path(key, path), state['step']), _ROUND
+      )
+      return {path: fold(over(sums[path], base), noise(path)) for path, base in bases.items()}
 
     params = jax.tree.map_with_path(renew, state['params'], is_leaf=weights.is_weight)
+    due = sum(jnp.sum(leaf.b != 0) for leaf in sums.values()) > 0
+    bases = state_lib.when(due, add, {path: leaf.base for path, leaf in sums.items()})
+
+    def settle(path, leaf):
+      path = path_string(path)
+      return dataclasses.replace(leaf, base=bases[path]) if path in bases else leaf
+
+    params = jax.tree.map_with_path(settle, params, is_leaf=weights.is_weight)
     opt = state_lib.restarted(state['opt'], state_lib.fresh(init, params), where)
     return {**state, 'params': params, 'opt': opt}
+
+  def around(self, step: Callable) -> Callable:
+    """Returns a training step that passes pools on without reading them."""
+
+    def apart(state, batch):
+      light = {**state, 'params': pools.without(state['params'])}
+      new, metrics = step(light, batch)
+      return {**new, 'params': pools.put_back(new['params'], state['params'])}, metrics
+
+    return apart
+
+  def place(self, shardings: Any) -> Any:
+    """Returns shardings of adapted parameters with the pools where they are kept."""
+    return pools.on_host(shardings) if self.pool == 'host' else shardings
 
   def _exchanged(self, leaf, key, now, interval):
     """A leaf with new vectors, and, as another that adapts its base, what they leave to W."""
     batch = leaf.chosen_a.shape[:-1]
-    keys = [layer_keys(each, batch) for each in (key, now)]
-    one = lambda leaf, key, now: self._exchange(leaf, *_typed(key, now), interval)
-    light = dataclasses.replace(leaf, base=None)
-    new, u, v = (jax.vmap(one) if batch else one)(light, *keys)
+    each = lambda function: jax.vmap(function) if batch else function
+    keys, nows = (layer_keys(k, batch) for k in (key, now))
+    light = dataclasses.replace(leaf, base=None, pool_a=None, pool_b=None)
+    turns = each(lambda *layer: self._turns(*layer, interval))(light, nows)
+    came = [
+      self._candidates(kind, pool, turn.ids, leaf, keys, each)
+      for kind, pool, turn in zip((_A, _B), (leaf.pool_a, leaf.pool_b), turns)
+    ]
+    new, left, u, v = each(self._exchange)(light, turns, came)
+    if self.pool != 'keys':
+      write = pools.write_host if self.pool == 'host' else each(pools.write)
+      kept = [
+        write(pool, turn.before, rows)
+        for pool, turn, rows in zip((leaf.pool_a, leaf.pool_b), turns, left)
+      ]
+      new = dataclasses.replace(new, pool_a=kept[0], pool_b=kept[1])
+    new = dataclasses.replace(new, base=leaf.base)
     return new, weights.Adapted(leaf.base, u, v, scale=leaf.scale)
 
-  def _exchange(self, leaf, key, now, interval):
-    """One matrix's turn: the leaf without its base, and factors `f32[m, 2q], f32[2q, n]`."""
+  def _candidates(self, kind, pool, ids, leaf, keys, each):
+    """Vectors of candidates `ids[..., q]`, drawn or from the pool."""
+    if self.pool == 'host':
+      return pools.read_host(pool, ids)
+    if self.pool == 'device':
+      return each(lambda pool, ids: pool[ids])(pool, ids)
+    shape, dtype = (leaf.a.shape[-2], leaf.b.shape[-1]), (leaf.a, leaf.b)[kind].dtype
+    draw = lambda ids, key: self._draw(jax.random.wrap_key_data(key), kind, ids, shape, dtype)
+    return each(draw)(ids, keys)
+
+  def _turns(self, leaf, now, interval):
+    """Which slots of A and of B of one matrix are exchanged, and for which candidates."""
     m, n, rank = leaf.a.shape[0], leaf.b.shape[1], self.rank
-    free = min(m, n) - rank
-    most = min(math.floor(rank / self.interval) + 1, free)
-    leaf = dataclasses.replace(
-      leaf,
-      frozen_a=jnp.maximum(leaf.frozen_a - 1, 0),
-      frozen_b=jnp.maximum(leaf.frozen_b - 1, 0),
-    )
+    candidates = min(m, n)
+    most = min(math.floor(rank / self.interval) + 1, candidates - rank)
     at_a, at_b = leaf.next_slots
-    room_b = (at_a - jnp.sum(leaf.frozen_a > 0) - at_b) % rank
-    room_a = (at_b - jnp.sum(leaf.frozen_b > 0) - at_a) % rank
+    waiting = lambda frozen: jnp.sum(frozen > 1)  # After this update.
+    room_b = (at_a - waiting(leaf.frozen_a) - at_b) % rank
+    room_a = (at_b - waiting(leaf.frozen_b) - at_a) % rank
+    now = jax.random.wrap_key_data(now)
     drawn = self._count(jax.random.fold_in(now, _COUNT), interval)
     count = jnp.minimum(jnp.minimum(drawn, most), jnp.minimum(room_a, room_b))
-    fresh = lambda kind, ids, dtype: self._draw(key, kind, ids, (m, n), dtype)
+    around = None if self.pool == 'keys' else candidates
+    return [
+      _turn(chosen, at, count, most, around)
+      for chosen, at in ((leaf.chosen_a, at_a), (leaf.chosen_b, at_b))
+    ]
 
-    turn = _turn(leaf.chosen_a, at_a, count, most, leaf.pool_a)
-    old, new, pool_a = turn.trade(leaf.a.T, leaf.pool_a, lambda ids, d: fresh(_A, ids, d))
-    u_a, v_a = turn.difference(old, new).T, turn.rows(leaf.b)
+  def _exchange(self, leaf, turns, came):
+    """One matrix's turn: the leaf, without its base and pools; the vectors of the slots before;
+    and factors `f32[m, 2q], f32[2q, n]` of what W gains.
+    """
+    a, b = turns
+    count = jnp.sum(a.active)
+    left = [a.rows(leaf.a.T), b.rows(leaf.b)]
+    u_a, v_a = a.difference(left[0], came[0]).T, a.rows(leaf.b).astype(jnp.float32)
+    new_a = a.put(leaf.a.T, came[0]).T
+    u_b = b.rows(new_a.T).T.astype(jnp.float32)
+    v_b = b.difference(left[1], came[1])
+    wait = lambda frozen, turn: turn.put(
+      jnp.maximum(frozen - 1, 0), jnp.full(turn.slots.shape, self.freeze)
+    )
     leaf = dataclasses.replace(
       leaf,
-      a=turn.put(leaf.a.T, new).T,
-      pool_a=pool_a,
-      chosen_a=turn.put(leaf.chosen_a, turn.ids),
-      frozen_b=turn.put(leaf.frozen_b, jnp.full(most, self.freeze)),
+      a=new_a,
+      b=b.put(leaf.b, came[1]),
+      chosen_a=a.put(leaf.chosen_a, a.ids),
+      chosen_b=b.put(leaf.chosen_b, b.ids),
+      frozen_a=wait(leaf.frozen_a, b),
+      frozen_b=wait(leaf.frozen_b, a),
+      next_slots=(leaf.next_slots + count) % self.rank,
     )
-    turn = _turn(leaf.chosen_b, at_b, count, most, leaf.pool_b)
-    old, new, pool_b = turn.trade(leaf.b, leaf.pool_b, lambda ids, d: fresh(_B, ids, d))
-    u_b, v_b = turn.rows(leaf.a.T).T, turn.difference(old, new)
-    leaf = dataclasses.replace(
-      leaf,
-      b=turn.put(leaf.b, new),
-      pool_b=pool_b,
-      chosen_b=turn.put(leaf.chosen_b, turn.ids),
-      frozen_a=turn.put(leaf.frozen_a, jnp.full(most, self.freeze)),
-      next_slots=(leaf.next_slots + count) % rank,
-    )
-    return leaf, jnp.concatenate([u_a, u_b], 1), jnp.concatenate([v_a, v_b], 0)
+    return leaf, left, jnp.concatenate([u_a, u_b], 1), jnp.concatenate([v_a, v_b], 0)
 
   def _count(self, key, interval):
     """How many vectors to exchange: `r / interval` on average."""
@@ -221,8 +280,7 @@ class SwitchLoRA:
     return ratio**0.25 * math.sqrt(gain)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Turn:
+class _Turn(NamedTuple):
   """Up to q slots of a factor `[r, ...]` whose vectors are exchanged for others."""
 
   slots: jax.Array  # i32[q], in the order of the factor.
@@ -231,8 +289,8 @@ class _Turn:
   ids: jax.Array  # i32[q], those that come.
 
   def rows(self, x):
-    """Rows of the slots, in f32."""
-    return x[self.slots].astype(jnp.float32)
+    """Rows of the slots."""
+    return x[self.slots]
 
   def put(self, x, rows):
     """Writes rows into the active slots."""
@@ -245,23 +303,11 @@ class _Turn:
     active = self.active[:, None]
     return jnp.where(active, old.astype(jnp.float32) - new.astype(jnp.float32), 0)
 
-  def trade(self, factor, pool, draw):
-    """Vectors that leave and that come, and the pool after the former went back to it."""
-    old = factor[self.slots]
-    if pool is None:
-      return old, draw(self.ids, factor.dtype), None
-    back = jnp.where(self.active, self.before, pool.shape[0])
-    return old, pool[self.ids], pool.at[back].set(old, mode='drop')
 
-
-def _turn(chosen, at, count, most, pool) -> _Turn:
-  """The next slots, and the candidates that follow the last one that came."""
+def _turn(chosen, at, count, most, candidates) -> _Turn:
+  """The next slots, and the candidates after the last that came; None of them is without end."""
   rank = chosen.shape[0]
   slots = (at + jnp.arange(most)) % rank
   ids = chosen[(at - 1) % rank] + 1 + jnp.arange(most)
-  ids = ids if pool is None else ids % pool.shape[0]
+  ids = ids if candidates is None else ids % candidates
   return _Turn(slots, jnp.arange(most) < count, chosen[slots], ids)
-
-
-def _typed(*keys):
-  return [jax.random.wrap_key_data(key) for key in keys]

@@ -4,7 +4,7 @@ A model never reads a parameter: it asks for `dot`, `take` or `materialize`. So 
 low-rank-adapted, quantised, perturbed or offloaded, leaves nest, and no model changes.
 """
 
-from memjax.weights.adapted import Adapted, in_part
+from memjax.weights.adapted import Adapted, Restarted, in_part
 from memjax.weights.dora import DoRA
 from memjax.weights.drawn import Drawn
 from memjax.weights.frozen import Frozen, spread
@@ -32,6 +32,7 @@ __all__ = [
   'Offloaded',
   'Perturbed',
   'Product',
+  'Restarted',
   'Switched',
   'Weight',
   'dense',

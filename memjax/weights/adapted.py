@@ -110,10 +110,14 @@ class Adapted:
   def _form(self, x):
     rows = math.prod(x.shape[:-1])
     m, n = x.shape[-1], self.b.shape[-1]
-    # In 16 bits `W + s A B` would be rounded as W is, and most of what is added be lost.
-    merge = jnp.finfo(x.dtype).bits >= 32
-    return self.form or forms.choose(
-      rows, m, n, self.b.shape[-2], a=not is_weight(self.a), merge=merge
+    if self.form:
+      return self.form
+    return forms.choose(
+      *(rows, m, n, self.b.shape[-2]),
+      a=not is_weight(self.a),
+      # In 16 bits `W + s A B` would be rounded as W is, and most of what is added be lost.
+      merge=jnp.finfo(x.dtype).bits >= 32,
+      devices=max(1, jax.typeof(self.b).sharding.mesh.size),
     )
 
   def _noisy(self) -> bool:
@@ -122,6 +126,18 @@ class Adapted:
     """
     fixed = getattr(self.a, 'TRAINED', None) == ()
     return (self.key is not None) or is_weight(self.b) or (is_weight(self.a) and not fixed)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('base', 'a', 'b', 'key'),
+  meta_fields=('scale', 'dropout', 'form'),
+)
+@dataclasses.dataclass(frozen=True)
+class Restarted(Adapted):
+  """`W + s A B` whose product joins W now and then, before factors begin anew: by itself, what it
+  adds to W says nothing of what was learnt.
+  """
 
 
 class Around:
@@ -146,13 +162,15 @@ class Around:
     return dataclasses.replace(self, adapted=self.adapted.in_part(index))
 
 
-def in_part(params: Any, index: jax.Array | int) -> Any:
+def in_part(params: Any, index: jax.Array | int | None) -> Any:
   """Returns parameters as one micro-batch sees them: leaves with dropout have a mask of its own.
 
   Args:
     params: Parameters, adapted or not.
-    index: i32[], the micro-batch's number in its update.
+    index: i32[], the micro-batch's number in its update; None for the only one.
   """
+  if index is None:
+    return params
 
   def see(leaf):
     return leaf.in_part(index) if hasattr(leaf, 'in_part') else leaf
@@ -201,11 +219,12 @@ def _plain(x, base, into, out, key, scale, dropout, swap):
   the dropout is drawn again.
   """
   base = jax.lax.stop_gradient(base)
-  thin = dot(_dropped(x, key, dropout), into, transpose=swap)
+  thin = dot(dropped(x, key, dropout), into, transpose=swap)
   return dot(x, base, transpose=swap) + scale * dot(thin, out, transpose=swap)
 
 
-def _dropped(x, key, dropout):
+def dropped(x: jax.Array, key: jax.Array | None, dropout: float) -> jax.Array:
+  """Returns activations with a fraction of them zero and the others larger; all, without a key."""
   if key is None:
     return x
   kept = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - dropout, x.shape)

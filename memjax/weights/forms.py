@@ -27,7 +27,15 @@ NAMED = {
 }
 
 
-def choose(rows: int, m: int, n: int, rank: int, a: bool = True, merge: bool = True) -> Form:
+def choose(
+  rows: int,
+  m: int,
+  n: int,
+  rank: int,
+  a: bool = True,
+  merge: bool = True,
+  devices: int = 1,
+) -> Form:
   """Returns the form with the fewest operations.
 
   Args:
@@ -37,6 +45,8 @@ def choose(rows: int, m: int, n: int, rank: int, a: bool = True, merge: bool = T
     rank: Rank `r`.
     a: Whether A is trained.
     merge: Whether `W + A B` may be formed, in the dtype of the activations.
+    devices: That share the rows. Each counts its own against a whole W; and gradients are reduced
+      over several as factors, `r (m + n)` numbers, so that no `x' dY` is made there.
 
   Merging pays when `m n r < t r (m + n)` and the matrix is there anyway; a matrix `x' dY` when the
   rank is above some quarter of the sides. Among equals, what makes no array of the weight's size.
@@ -50,8 +60,10 @@ def choose(rows: int, m: int, n: int, rank: int, a: bool = True, merge: bool = T
     Cherniuk et al., `RunLoRA <https://arxiv.org/abs/2312.03415>`_, 2023 (whose backward passes 6 to
     8 are counted at half of what they take, so that its choices differ)
   """
-  allowed = [form for form in forms() if merge or 'merged' not in form]
-  return min(allowed, key=functools.partial(operations, rows=rows, m=m, n=n, rank=rank, a=a))
+  barred = {word for word, out in (('merged', not merge), ('matrix', devices > 1)) if out}
+  allowed = [form for form in forms() if not barred & set(form)]
+  sizes = dict(rows=math.ceil(rows / devices), m=m, n=n, rank=rank, a=a)
+  return min(allowed, key=functools.partial(operations, **sizes))
 
 
 def forms() -> list[Form]:

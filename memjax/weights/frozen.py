@@ -48,25 +48,13 @@ def frozen_dot(x: jax.Array, w: Any, transpose: bool = False) -> jax.Array:
   Where the weight is an array, that is all. Where it is quantised, the matrix made for the product
   is not kept for the backward pass, which makes it again.
   """
-  if isinstance(w, jax.Array):
-    return dot(x, jax.lax.stop_gradient(w), transpose)
-  return _dot_again(transpose, x, w)
+  w = jax.lax.stop_gradient(w)
+  return dot(x, w, transpose) if isinstance(w, jax.Array) else _dot_again(x, w, transpose)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot_again(transpose, x, w):
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _dot_again(x, w, transpose):
   return dot(x, w, transpose)
-
-
-def _forward(transpose, x, w):
-  return dot(x, w, transpose), w
-
-
-def _backward(transpose, w, cotangent):
-  return dot(cotangent, w, not transpose), None
-
-
-_dot_again.defvjp(_forward, _backward)
 
 
 def spread(leaf: Any, entries: tuple) -> Any:

@@ -58,6 +58,9 @@ class NF4:
   of theirs: 0.517 for 4096 rows, and 0.5625 with scales in f32. Wherever it is used it is
   dequantised whole, in `dtype`: in a loop over layers that is one matrix of one layer at a time.
 
+  Qwix has this form too, behind providers that take over the products of Flax modules, with scales
+  in full; a model here is a function of its leaves, and asks a leaf for the product.
+
   It is not trained: an update is a small part of the distance between two codes. What is trained
   lies beside it, see `memjax.adapters`.
 

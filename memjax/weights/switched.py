@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from memjax.weights.adapted import Adapted
+from memjax.weights.adapted import Adapted, Restarted
 from memjax.weights.weight import is_weight
 
 
@@ -23,7 +23,7 @@ from memjax.weights.weight import is_weight
   meta_fields=('scale', 'dropout', 'form'),
 )
 @dataclasses.dataclass(frozen=True)
-class Switched(Adapted):
+class Switched(Restarted):
   """`W + s A B`, where vectors of A and B come from pools, and some are frozen for a while.
 
   A frozen vector takes part in the product and gets no gradient.

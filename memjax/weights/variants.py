@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.weights.adapted import Adapted, Around
+from memjax.weights.adapted import Adapted, Around, dropped
 from memjax.weights.dora import column_lengths
 from memjax.weights.frozen import spread
 from memjax.weights.perturbed import Perturbed
@@ -53,7 +53,7 @@ class BlockDiagonal(Variant):
   """`W + s diag(A_1 B_1, ..., A_k B_k)`: each of k slices of the inputs goes to one of the outputs.
 
   The rows of slice `j` of A and the columns of slice `j` of B are `A_j` and `B_j`: as many numbers
-  as one product of rank r, for a sum of rank `k r`.
+  and operations as one product of rank r, for a sum of rank `k r`.
 
   Attributes:
     adapted: W, A and B.
@@ -67,6 +67,13 @@ class BlockDiagonal(Variant):
   blocks: int
 
   TRAINED: ClassVar = ('adapted',)
+
+  def dot(self, x: jax.Array, transpose: bool = False) -> jax.Array:
+    """Returns `x[..., m] @ w[m, n]`, or `x[..., n] @ w^T`, in `x.dtype`."""
+    inner = self.adapted
+    a, b = (materialize(factor).astype(x.dtype) for factor in (inner.a, inner.b))
+    fixed = (inner.scale, inner.dropout, self.blocks, transpose)
+    return _by_blocks(x, inner.base, a, b, inner.key, *fixed)
 
   def resolved(self) -> Adapted:
     """Returns it with factors of rank `k r` that are zero outside their slices."""
@@ -82,6 +89,19 @@ class BlockDiagonal(Variant):
   def spread(self, entries: tuple) -> 'BlockDiagonal':
     """See `memjax.sharding.weight_shardings`."""
     return dataclasses.replace(self, adapted=self.adapted.spread(entries))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(5, 6, 7, 8))
+def _by_blocks(x, base, a, b, key, scale, dropout, blocks, transpose):
+  """The product of each slice with its own factors, of which only the arguments are kept."""
+  base = jax.lax.stop_gradient(base)
+  a, b = a.reshape(blocks, -1, a.shape[-1]), b.reshape(b.shape[0], blocks, -1)
+  cut = dropped(x, key, dropout).reshape(*x.shape[:-1], blocks, -1)
+  if transpose:
+    y = jnp.einsum('...kr,kmr->...km', jnp.einsum('...kn,rkn->...kr', cut, b), a)
+  else:
+    y = jnp.einsum('...kr,rkn->...kn', jnp.einsum('...km,kmr->...kr', cut, a), b)
+  return dot(x, base, transpose) + scale * y.reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(

@@ -91,6 +91,40 @@ def test_a_bf16_merge_with_a_key_keeps_small_additions_on_average():
   assert abs(mean - 1.001) < 5 * 2**-7 * np.sqrt(0.11 / base.size)
 
 
+@pytest.mark.parametrize('store', [weights.quantise, weights.quantise_nf4], ids=['int8', 'nf4'])
+def test_a_merge_into_arrays_keeps_what_codes_would_round_away(store):
+  params = {'w': store(jax.random.normal(KEY, (16, 128, 128))), 'v': store(jnp.ones((8, 8)))}
+  adapted = adapters.attach(params, adapters.LoRA(rank=2, targets='w'), KEY)
+  adapted = adapters.replaced(adapted, jax.tree.map(lambda x: x + 1e-2, weights.trained(adapted)))
+  into = lambda dtype: jax.jit(lambda p: adapters.merge(p, jax.random.key(1), dtype))
+  whole, half = into(jnp.float32)(adapted), into(jnp.bfloat16)(adapted)
+  expected = weights.materialize(adapted['w'])
+  np.testing.assert_allclose(whole['w'], expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(whole['v'], np.ones((8, 8)))
+  assert half['w'].dtype == jnp.bfloat16
+  # Rounded stochastically, the mean is kept.
+  error = np.asarray(half['w'], np.float64) - np.asarray(expected)
+  assert abs(error.mean()) < 5 * error.std() / np.sqrt(error.size)
+  memory = into(jnp.bfloat16).lower(adapted).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 12 * 4 * 128 * 128
+
+
+def test_a_weight_that_restarts_have_changed_is_not_what_it_was():
+  for spec in (adapters.ReLoRA(rank=2, every=2), adapters.RSO(rank=2)):
+    adapted = jax.eval_shape(lambda spec=spec: adapters.attach({'w': jnp.ones((8, 8))}, spec, KEY))
+    with pytest.raises(ValueError, match=r'^w: restarts add to the weight'):
+      adapters.detach(adapted)
+
+
+def test_methods_that_add_to_the_weight_refuse_one_in_codes():
+  params = {'w': weights.quantise(jnp.ones((8, 8)))}
+  for spec in (adapters.ReLoRA(rank=2), adapters.SwitchLoRA(rank=2), adapters.RSO(rank=2)):
+    with pytest.raises(
+      ValueError, match=r'^w is held as Int8, [^;]*; keep it dense, or attach LoRA'
+    ):
+      adapters.attach(params, spec, KEY)
+
+
 def test_a_merge_is_in_place_and_holds_one_matrix():
   params = {'w': jnp.zeros((16, 128, 128))}
   adapted = adapters.attach(params, adapters.LoRA(rank=2), KEY)

@@ -184,6 +184,8 @@ def test_gates_close_by_the_proximal_step_and_the_official_one():
 
 def test_b_learns_at_its_own_rate():
   params = {'w': made('dora', matrix('dense')), 'bias': jnp.ones(3)}
+  plain = {'dense': {'w': jnp.ones((3, 3)), 'b': jnp.ones(3)}}
+  assert set(adapters.labels(plain)['dense'].values()) == {'rest'}  # A bias by its short name.
   trained = weights.trained(params)
   assert adapters.labels(trained) == {
     'w': {'adapted': {'a': 'a', 'b': 'b'}, 'magnitude': 'magnitude'},
@@ -295,6 +297,24 @@ def test_weights_that_faded_are_exported_as_products():
   one = jax.tree.map(lambda leaf: leaf[0], kernel)
   close(one.dot(x), x @ one.materialize())
   close(one.dot(x @ one.materialize(), True), x @ one.materialize() @ one.materialize().T)
+
+
+def test_a_compressed_model_is_written_and_read_as_products(tmp_path):
+  small = adapters.compressed(fading(4))
+  adapters.save_products(tmp_path / 'model.safetensors', small)
+  size = sum(x.nbytes for x in jax.tree.leaves(small))
+  assert size < (tmp_path / 'model.safetensors').stat().st_size < size + 10_000
+  again = adapters.load_products(tmp_path / 'model.safetensors')
+  assert jax.tree.structure(again) == jax.tree.structure(small)
+  jax.tree.map(np.testing.assert_array_equal, again, small)
+  merged = adapters.merge(small)
+  assert not any(map(weights.is_weight, jax.tree.leaves(merged, is_leaf=weights.is_weight)))
+  up = small['blocks']['mlp']['up']['kernel']
+  close(merged['blocks']['mlp']['up']['kernel'], weights.materialize(up), 1e-6)
+  with pytest.raises(ValueError, match=r'^blocks/attn/k/kernel is a Fading, .*compressed'):
+    adapters.save_products(tmp_path / 'model.safetensors', fading(4))
+  with pytest.raises(ValueError, match='there is no file'):
+    adapters.load_products(tmp_path / 'other.safetensors')
 
 
 @pytest.mark.slow

@@ -17,7 +17,11 @@ M, N, RANK, ALPHA = 12, 10, 3, 32
 SPEC = adapters.ReLoRA(rank=RANK, alpha=ALPHA, every=2, prune='magnitude', ratio=0.8, apart=True)
 
 
-def test_a_merge_is_the_official_layers():
+def near(x, y):
+  np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
+
+
+def test_values_gradients_and_a_merge_are_the_official_layers():
   torch = pytest.importorskip('torch')
   layers = pytest.importorskip('peft_pretraining.relora')
   w, a, b = (RNG.standard_normal(s).astype('f') for s in ((M, N), (M, RANK), (RANK, N)))
@@ -28,14 +32,22 @@ def test_a_merge_is_the_official_layers():
   layer.lora_B.weight.data = torch.tensor(b.T.copy())
   params = {'w': weights.Adapted(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), scale=SPEC.scale)}
 
-  out = layer(torch.tensor(x)).detach().numpy()
-  near = dict(rtol=1e-6, atol=1e-5)  # Entries of 10 to 100, sums of 12.
-  np.testing.assert_allclose(weights.dot(jnp.asarray(x), params['w']), out, **near)
+  out = layer(torch.tensor(x))
+  out.square().sum().backward()
+
+  def loss(values):
+    y = weights.dot(jnp.asarray(x), weights.replaced(params, values)['w'])
+    return jnp.sum(y**2), y
+
+  grads, ours = jax.grad(loss, has_aux=True)(weights.trained(params))
+  near(ours, out.detach().numpy())
+  near(grads['w']['a'], layer.lora_A.weight.grad.numpy().T)
+  near(grads['w']['b'], layer.lora_B.weight.grad.numpy().T)
   layer.merge_and_reinit()
   init = optax.adam(0.1).init
   state = {'step': 2, 'params': params, 'opt': init(weights.trained(params))}
   leaf = SPEC.restart(state, jax.random.key(0), init)['params']['w']
-  np.testing.assert_allclose(leaf.base, layer.weight.detach().numpy().T, **near)
+  near(leaf.base, layer.weight.detach().numpy().T)
   assert not leaf.b.any()
   assert not layer.lora_B.weight.any()
   for drawn in (np.asarray(leaf.a), layer.lora_A.weight.detach().numpy()):

@@ -98,6 +98,26 @@ def test_what_is_kept_for_the_backward_pass_has_the_rank_for_width():
   assert (32, 64) not in shapes
 
 
+def test_a_compiled_program_keeps_the_rank_for_the_width():
+  """Each more of some linear layers costs LoRA its x, and RSO a few arrays as wide as the rank."""
+  rows, width, rank = 2048, 64, 4
+
+  def memory(spec, layers):
+    params = [spec.adapt(jnp.zeros((width, width)), jax.random.key(i)) for i in range(layers)]
+
+    def loss(values, x):
+      for leaf in weights.replaced(params, values):
+        x = weights.dot(x, leaf)
+      return jnp.sum(x**2)
+
+    step = jax.jit(jax.grad(loss)).lower(weights.trained(params), jnp.ones((rows, width)))
+    return step.compile().memory_analysis().temp_size_in_bytes
+
+  of_layer = lambda spec: (memory(spec, 10) - memory(spec, 4)) / 6
+  assert of_layer(adapters.LoRA(rank=rank, form='split')) >= 4 * rows * width
+  assert of_layer(adapters.RSO(rank=rank)) < 5 * 4 * rows * rank
+
+
 def bytes_kept(spec):
   """Bytes of what LLaMA 1B keeps of 16 x 256 tokens for its backward pass, parameters aside."""
   half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

@@ -197,6 +197,56 @@ def test_devices_reduce_gradients_of_factors_alone():
   assert 0 < largest <= 2 * 64 * 4
 
 
+@pytest.mark.parametrize('stored', ['dense', 'nf4'])
+def test_nor_in_a_scan_that_is_rematerialised(stored):
+  """Of three layers with two matrices, one of them used transposed: no gradient of a stack, and of
+  codes no stack in f32.
+  """
+  m, n, layers = 40, 56, 3
+  store = weights.quantise_nf4 if stored == 'nf4' else lambda x: x
+  params = {name: store(jnp.ones((layers, m, n))) for name in ('up', 'down')}
+  params = adapters.attach(params, adapters.LoRA(rank=4, targets='up|down'), KEY)
+
+  def loss(trained, params, x):
+    @jax.checkpoint
+    def block(x, layer):
+      up = jnp.sin(weights.dot(x, layer['up']))
+      return x + weights.dot(up, layer['down'], transpose=True), None
+
+    return jnp.sum(jax.lax.scan(block, x, weights.replaced(params, trained))[0] ** 2)
+
+  gradient = jax.jit(jax.grad(loss))
+  text = gradient.lower(adapters.trainable(params), params, jnp.ones((3, m))).compile().as_text()
+  stacks = re.findall(rf'= f32\[{layers},(?:{m},{n}|{n},{m})\]\S* ([\w-]+)\(', text)
+  assert set(stacks) <= ({'parameter', 'get-tuple-element'} if stored == 'dense' else set())
+  made = re.findall(rf'= f32\[(?:{m},{n}|{n},{m})\]\S* ([\w-]+)\(', text)
+  assert 'dot' not in made
+
+
+@pytest.mark.parametrize(
+  'spec', [adapters.LoRA(rank=32), adapters.MELoRA(rank=4, blocks=4)], ids=['lora', 'melora']
+)
+def test_devices_reduce_factors_however_large_or_many_they_are(spec):
+  """Of high ranks too, for which one device would make `x' dY`; and of blocks as they are."""
+  mesh = sharding.make_mesh(data=8)
+  params = {'w': adapters.attach({'w': jnp.ones((64, 64))}, spec, KEY)['w']}
+  whole = jax.NamedSharding(mesh, jax.P())
+  params, x = jax.device_put(params, whole), jnp.ones((1024, 64))
+  assert 'matrix' in weights.forms.choose(1024, 64, 64, 32)
+
+  def gradients(values, x):
+    loss = lambda values: jnp.sum(weights.dot(x, weights.replaced(params, values)['w']) ** 2)
+    return jax.grad(loss)(values)
+
+  values = adapters.trainable(params)
+  gradients = jax.jit(gradients, out_shardings=jax.tree.map(lambda _: whole, values))
+  text = (
+    gradients.lower(values, jax.device_put(x, sharding.batch_sharding(mesh))).compile().as_text()
+  )
+  found = [hlo.elements(each) for each in hlo.collectives(text)]
+  assert max(found) == 64 * spec.rank
+
+
 def _shapes(c, axes):
   parts = parts_of(c, axes)
   return parts.state, parts.batch

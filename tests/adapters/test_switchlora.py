@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import memjax
-from memjax import adapters, weights
+from memjax import adapters, build, sharding, weights
 from memjax.steps import whole_tree
 from tests.adapters import training
 
@@ -84,7 +84,7 @@ def history(pool, steps=60):
   )[1]
 
 
-@pytest.mark.parametrize('pool', ['device', 'keys'])
+@pytest.mark.parametrize('pool', ['device', 'host', 'keys'])
 def test_an_exchange_changes_no_value_and_no_candidate_is_there_twice(pool):
   before, after = history(pool)
   values = [
@@ -95,10 +95,38 @@ def test_an_exchange_changes_no_value_and_no_candidate_is_there_twice(pool):
   assert float(jnp.abs(after.base[-1] - after.base[0]).max()) > 0.1
   for chosen in (np.asarray(after.chosen_a), np.asarray(after.chosen_b)):
     assert (np.sort(chosen, -1)[..., 1:] > np.sort(chosen, -1)[..., :-1]).all()
-    assert (chosen.max() < 20) == (pool == 'device')
+    assert (chosen.max() < 20) == (pool != 'keys')
     moved = (chosen[1:] != chosen[:-1]).sum(-1)
     # 0.8 of 8 vectors at a time on average; 118 draws of a bit, at the first rate or a little less.
     assert abs(moved.mean() - 0.8 * 0.3**0.03) < 5 * 0.4 / np.sqrt(moved.size)
+
+
+@pytest.mark.slow
+def test_pools_in_the_hosts_memory_have_the_bits_of_those_on_the_device():
+  def trained(pool):
+    c = training.config(dict(name='switchlora', rank=4, interval=2, freeze=1, pool=pool))
+    parts = build.build(c, sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2]))
+    kernel = parts.state['params']['blocks']['attn']['o']['kernel']
+    kinds = {x.sharding.memory_kind for x in (kernel.pool_a, kernel.pool_b)}
+    assert kinds == ({'pinned_host'} if pool == 'host' else {'device'})
+    assert kernel.a.sharding.memory_kind == 'device'
+    state = parts.init(build.root_key(c, 'params'))
+    return training.run(c, parts, parts.step, state, range(4))
+
+  (there, losses), (here, others) = trained('host'), trained('device')
+  assert losses == others
+  jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (there, here)))
+
+
+def test_what_is_due_together_waits_for_the_host_once():
+  """A loop without a fixed number of trips is one that a GPU asks its host about."""
+  transform = memjax.vector_adam(0.01)
+  spec, state = begin(transform, pool='device')
+  state['params'] = {name: state['params']['w'] for name in 'uvw'}
+  state['opt'] = transform.init(weights.trained(state['params']))
+  restart = lambda state: spec.restart(state, KEY, transform.init)
+  loops = [eqn for eqn in jax.make_jaxpr(restart)(state).eqns if eqn.primitive.name == 'while']
+  assert len(loops) == 1
 
 
 def test_a_vector_that_leaves_takes_what_it_learnt_to_its_place():

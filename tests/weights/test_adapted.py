@@ -140,6 +140,12 @@ def test_a_frozen_weight_has_no_gradient_and_keeps_nothing_of_its_own():
     of_x = jax.grad(lambda x, leaf=leaf: jnp.sum(jnp.sin(leaf.dot(x))))(X)
     whole = weights.materialize(value)
     np.testing.assert_allclose(of_x, jnp.cos(X @ whole) @ whole.T, rtol=1e-4, atol=1e-5)
+    # Of activations, the cosine of `sin` alone; and derivatives may go forward.
+    stored = [x.shape for x in jax.tree.leaves(value)] if weights.is_weight(value) else []
+    shapes = kept(lambda x, leaf=leaf: leaf.dot(jnp.sin(x)), X)
+    assert [s for s in shapes if s not in stored] == [X.shape] + [W.shape] * (not stored)
+    _, along = jax.jvp(leaf.dot, (X,), (X,))
+    np.testing.assert_allclose(along, X @ whole, rtol=1e-4, atol=1e-5)
   assert not np.any(jax.grad(lambda w: weights.Frozen(w).dot(X).sum())(W))
   assert not np.any(jax.grad(lambda w: weights.Frozen(w).materialize().sum())(W))
 

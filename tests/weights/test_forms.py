@@ -87,6 +87,15 @@ def test_merging_pays_from_as_many_rows_as_half_the_harmonic_mean_of_the_sides()
   assert forms.choose(int(limit) + 2, m, n, r).forward == 'merged'
 
 
+def test_devices_count_their_own_rows_and_reduce_factors():
+  assert 'matrix' in forms.choose(8192, 1024, 1024, 512)
+  assert 'matrix' not in forms.choose(8192, 1024, 1024, 512, devices=2)
+  assert forms.choose(4096, 1024, 1024, 8) == forms.choose(16384, 1024, 1024, 8, devices=4)
+  assert forms.choose(4096, 1024, 1024, 8).forward == 'merged'
+  assert 'merged' not in forms.choose(4096, 1024, 1024, 8, merge=False)
+  assert 'merged' not in forms.choose(4096, 1024, 1024, 8, devices=16)
+
+
 @pytest.mark.parametrize('fixed', [False, True])
 def test_every_form_has_the_derivatives_of_the_sum(fixed):
   rng = np.random.default_rng(0)
