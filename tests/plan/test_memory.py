@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from memjax import build, config, optimizers, sharding
+from memjax.evaluate import place
 from memjax.naming import path_string
 from memjax.plan import memory, recommend
+from memjax.train import load_data
 from tests import launch
 
 CONFIGS = sorted(p.name for p in (launch.ROOT / 'configs').glob('*.py'))
@@ -34,7 +36,7 @@ def bytes_on(device, tree):
   return sum(s.data.nbytes for s in shards if s.device == device)
 
 
-def place(tree):
+def zeros(tree):
   return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), tree)
 
 
@@ -48,7 +50,7 @@ def test_parts_are_the_bytes_of_the_live_arrays(axes):
   assert found['parameters'] == bytes_on(device, state['params'])
   assert found['basis'] == bytes_on(device, (galore.left, galore.right)) > 0
   assert found['moments'] == bytes_on(device, (galore.inner.mu, galore.inner.nu)) > 0
-  assert found['batch'] == bytes_on(device, place(parts.batch))
+  assert found['batch'] == bytes_on(device, zeros(parts.batch))
   assert sum(found.values()) - found['batch'] == bytes_on(device, state)
 
 
@@ -62,8 +64,30 @@ def test_arguments_of_every_config_are_the_bytes_of_the_live_arrays(file):
   on_host = memory.host_bytes(parts.state, parts.batch)
   assert (on_host > 0) == (c.step == 'streamed')
   # A CPU device's arrays are all that is alive, those in its host's memory too.
-  live = bytes_on(jax.devices()[0], place((parts.state, parts.batch)))
+  live = bytes_on(jax.devices()[0], zeros((parts.state, parts.batch)))
   assert sum(found.values()) + on_host == live
+
+
+# Of every kind that differs in what is kept: a pool of task rows and factors beside the weights,
+# quantised weights and state, frozen ones, blocks on the host.
+KINDS = ('colm_phi2', 'q_galore_llama7b', 'qlora_llama7b', 'zo2_opt13b')
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_what_a_run_makes_is_what_the_receipt_counts(name):
+  c = config.load(str(launch.ROOT / f'configs/{name}.py:smoke'))
+  parts = build.build(c, one_device())
+  state = parts.init(build.root_key(c, 'params'))
+  train = load_data(c, parts.model).train
+
+  def rows(start, stop):
+    found = train.rows(0, c.batch_size, start, stop, c.seed)
+    return {'source': np.zeros(stop - start, np.int32)} | found
+
+  found = memory.argument_parts(parts.state, parts.batch)
+  device, on_host = jax.devices()[0], memory.host_bytes(parts.state)
+  assert bytes_on(device, place(rows, parts.batch)) == found['batch']
+  assert bytes_on(device, state) == sum(found.values()) - found['batch'] + on_host
 
 
 def test_arguments_of_7b_by_hand():
@@ -165,6 +189,17 @@ def test_what_lives_on_the_host_takes_no_device_memory():
   }
   assert memory.argument_parts(state, ())['parameters'] == 12
   assert memory.host_bytes(state) == 16
+
+
+def test_files_in_memory_count_as_free(tmp_path, monkeypatch):
+  """Of a control group of 1,000 bytes in which 900 are used, 300 of them by cached files."""
+  stat = 'anon 600\ninactive_file 300'
+  for name, text in {'memory.max': '1000', 'memory.current': '900', 'memory.stat': stat}.items():
+    (tmp_path / name).write_text(text + '\n')
+  monkeypatch.setattr(memory, '_CGROUP', tmp_path)
+  assert memory.host_available() == 400
+  (tmp_path / 'memory.max').write_text('max\n')
+  assert memory.host_available() > 2**20
 
 
 def test_every_state_leaf_of_every_optimizer_is_small_or_has_a_part():
