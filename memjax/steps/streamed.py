@@ -74,8 +74,7 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
 
   Equal bit for bit, once flushed, to `memjax.steps.zeroth_order`; an update has the learning rate
   of the step that made it. A step whose loss is not finite is skipped and counted, as there.
-  Metrics are those of that step; `zo/update_ulps` is of the update that is applied, made by the
-  step before, and of what is trained outside the blocks.
+  Metrics are those of that step; `zo/update_ulps` is of what is trained outside the blocks.
 
   Memory of the device: embedding, head, norms and biases; of the blocks two matrices as they are
   stored, one after its update and one perturbed; the activations of two forward passes of one
@@ -96,8 +95,6 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
   """
 
   def step(state, batch):
-    before, inner = diagnostics.after(_rows_outside(state['params']), state['opt'].inner)
-    state = {**state, 'opt': state['opt']._replace(inner=inner)}
     change, see = _Change(method, state), _See(method, state)
     rest, inner = change.rest()
     sides = [side * see.radius() for side in (1.0, -1.0)]
@@ -108,13 +105,15 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
     values = _losses(model, views, outputs, batch)
     inner = _measured(method, rest, inner, values, see.factor())
     found = find(inner)
+    opt = Delayed(jnp.ones((), bool), inner)
+    new = {'step': state['step'] + 1, 'params': {**rest, STACK: blocks}, 'opt': opt}
+    to_come, _ = _Change(method, new).rest()
     metrics = {
       'train/loss': diagnostics.loss(found),
       **diagnostics.slope_metrics(found),
-      'zo/update_ulps': diagnostics.update_ulps(before, _rows_outside(rest)),
+      'zo/update_ulps': diagnostics.update_ulps(_trained_rows(rest), _trained_rows(to_come)),
     }
-    opt = Delayed(jnp.ones((), bool), inner)
-    return {'step': state['step'] + 1, 'params': {**rest, STACK: blocks}, 'opt': opt}, metrics
+    return new, metrics
 
   return step
 
@@ -147,10 +146,8 @@ def make_flush(method: Method, *, shardings: dict | None = None):
   return flush
 
 
-def _rows_outside(params):
-  """First rows of what is trained outside the blocks."""
-  rest = weights.trained({k: v for k, v in params.items() if k != STACK})
-  return diagnostics.first_rows(weights.dense(rest))
+def _trained_rows(params):
+  return diagnostics.first_rows(weights.dense(weights.trained(params)))
 
 
 class _Change:

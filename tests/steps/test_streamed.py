@@ -235,12 +235,14 @@ def test_host_copies_of_few_bits(quantised):
 def test_flushing_changes_no_later_step(run):
   ends = []
   for flushed in (False, True):
-    state = run.fresh()
+    state, lines = run.fresh(), []
     for i in range(3):
-      state, _ = run.step(state, batch_of(i))
+      state, metrics = run.step(state, batch_of(i))
+      lines.append(metrics)
       state = run.flush(state) if flushed and i == 0 else state
-    ends.append(run.flush(state))
+    ends.append((run.flush(state), lines))
   assert_same_bits(ends[0], ends[1])
+  assert all(metrics['zo/update_ulps'] > 0 for metrics in lines)
 
 
 @pytest.mark.parametrize('flushed', [True, False], ids=['flushed', 'update_due'])
