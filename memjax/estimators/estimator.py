@@ -85,7 +85,8 @@ def estimator(
   With `layer` (see `memjax.transforms.layers`) or `measured=True` in place of `value_fn`, it hands
   on the estimate for the slopes in its state, drawing directions again: so a training step measures
   once and then goes through its parameters layer by layer. With `slopes`, it takes those for
-  measured, as a replay does; with `hand_on=False` it only measures.
+  measured, as a replay does; with `hand_on=False` it only measures. With `halves`, the sharding of
+  two numbers over a mesh axis of size two, each half of the mesh takes the values on one side.
 
   Args:
     directions: Of the estimator.
@@ -141,11 +142,14 @@ def estimator(
     measured=False,
     slopes=None,
     hand_on=True,
+    halves=None,
     **extra_args,
   ):
     del extra_args
     if params is None:
       raise ValueError('an estimator perturbs the parameters: call update(_, state, params, ...)')
+    if halves is not None and measure != 'two_sided':
+      raise ValueError(f'halves of a mesh take the values of two sides; measure is {measure!r}')
     if value_fn is None and slopes is None and layer is None and not measured:
       raise ValueError(
         'an estimator takes no gradients, it makes them: call update(_, state, params, '
@@ -155,14 +159,14 @@ def estimator(
     if slopes is not None:
       state = move(leaves, state, renew(leaves, state), slopes, state.value)
     elif value_fn is not None:
-      state = observe(leaves, state, value_fn)
+      state = observe(leaves, state, value_fn, halves)
     return estimates(leaves, state) if hand_on else (updates, state)
 
   def renew(leaves, state):
     basis = {name: leaves.list(tree) for name, tree in state.basis.items()}
     return directions.refresh(leaves, basis, state.count)
 
-  def observe(leaves, state, value_fn):
+  def observe(leaves, state, value_fn, halves):
     """Takes the values."""
     basis, dtype = renew(leaves, state), state.value.dtype
 
@@ -180,8 +184,8 @@ def estimator(
       return 1.0 if directions.factor is None else directions.factor(leaves, draw)
 
     base = state.count * samples
-    task = _Task(evaluate, factor, base, eps, samples, leaves.groups, dtype)
-    slopes, value = _MEASURE[measure](task)
+    task = _Task(evaluate, factor, base, eps, samples, leaves.groups, dtype, halves)
+    slopes, value = (_MEASURE[measure] if halves is None else _on_halves)(task)
     if trial is not None:
       rate = trial(state.count - state.skipped)
       slopes = _best(lambda scale: evaluate(base, scale), rate, slopes)
@@ -279,6 +283,7 @@ class _Task(NamedTuple):
   samples: int
   groups: int
   dtype: Any
+  halves: jax.sharding.NamedSharding | None
 
   def one(self, index, size):
     """Draw and scales of the `index`-th pair of a direction and a group."""
@@ -303,7 +308,30 @@ def _two_sided(task):
   def value(index):
     return task.evaluate(*task.one(index // 2, task.eps * (1 - 2 * (index % 2))))
 
-  values = lax.map(value, jnp.arange(2 * task.samples * task.groups)).reshape(-1, 2)
+  return _of_pairs(task, lax.map(value, jnp.arange(2 * task.samples * task.groups)).reshape(-1, 2))
+
+
+def _on_halves(task):
+  """As `_two_sided`, the values of a pair at once, each on a half of the mesh."""
+  spec = task.halves.spec
+
+  def pair(index):
+    value = lambda side: task.evaluate(*task.one(index, side[0]))[None]
+    # Other axes of the mesh stay the compiler's.
+    on_half = jax.shard_map(
+      value,
+      mesh=task.halves.mesh,
+      in_specs=spec,
+      out_specs=spec,
+      axis_names={spec[0]},
+      check_vma=False,
+    )
+    return on_half(jnp.array([task.eps, -task.eps]))
+
+  return _of_pairs(task, lax.map(pair, jnp.arange(task.samples * task.groups)))
+
+
+def _of_pairs(task, values):
   return task.slopes((values[:, 0] - values[:, 1]) / (2 * task.eps)), jnp.mean(values)
 
 

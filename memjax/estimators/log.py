@@ -62,8 +62,7 @@ def record(
     )
     return RecordState(state, log)
 
-  def update(updates, state, params=None, *, layer=None, measured=False, rows=None, **extra_args):
-    # `rows` is given where `params` are not all that a step sees.
+  def update(updates, state, params=None, *, layer=None, measured=False, **extra_args):
     updates, after = inner.update(
       updates, state.inner, params, layer=layer, measured=measured, **extra_args
     )
@@ -78,7 +77,7 @@ def record(
       count=found.count,
       slopes=note(log.slopes, slopes),
       learning_rate=note(log.learning_rate, rate(finished)),
-      rows=note(log.rows, row_fingerprint(params) if rows is None else rows),
+      rows=note(log.rows, row_fingerprint(params)),
     )
     return updates, RecordState(after, log)
 

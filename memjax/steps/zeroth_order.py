@@ -24,7 +24,12 @@ from memjax.steps.slices import STACK
 
 
 def make_train_step(
-  loss, transform: optax.GradientTransformation, *, rounding_key=None, shardings=None
+  loss,
+  transform: optax.GradientTransformation,
+  *,
+  rounding_key=None,
+  shardings=None,
+  halves: jax.sharding.NamedSharding | None = None,
 ):
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with its state donated.
 
@@ -48,6 +53,14 @@ def make_train_step(
     rounding_key: Root key of the stochastic rounding of 16-bit parameters; None rounds to nearest,
       which loses most updates, see `memjax.apply_updates`.
     shardings: `NamedSharding`s of the training state; None leaves it to the compiler.
+    halves: Sharding of two numbers over a mesh axis of size two, `NamedSharding(mesh, P('sides'))`:
+      the values on both sides are taken at once, each by a half of the mesh, over whose other axes
+      batch and parameters may be sharded. Halves send each other the values and nothing else. None
+      has the whole mesh take one after the other.
+
+  References:
+    Wang et al., `DistZO2: High-Throughput and Memory-Efficient Zeroth-Order Fine-tuning LLMs with
+    Distributed Parallel Computing <https://arxiv.org/abs/2507.03211>`_, 2025 (`halves`)
   """
   advance = make_apply(transform, rounding_key, shardings)
 
@@ -55,7 +68,7 @@ def make_train_step(
     count = jnp.maximum(jnp.sum(batch['weights'], dtype=jnp.float32), 1.0)
     params, state = state['params'], {**state, 'params': weights.trained(state['params'])}
     value_fn = lambda trained: loss(weights.replaced(params, trained), batch)[0] / count
-    opt = measure(transform, state, value_fn=value_fn)
+    opt = measure(transform, state, value_fn=value_fn, halves=halves)
     rows, opt = diagnostics.after(diagnostics.first_rows(state['params']), opt)
     state = advance({**state, 'opt': opt})
     found = find(state['opt'])
@@ -75,7 +88,7 @@ def measure(transform, state, **how) -> Any:
   Args:
     transform: Chain with an estimator.
     state: Training state.
-    **how: `value_fn`, or `slopes` to take for measured; `rows`, see `memjax.estimators.record`.
+    **how: `value_fn`, and `halves`; or `slopes` to take for measured.
   """
   zeros = jax.tree.map(jnp.zeros_like, state['params'])
   transform = optax.with_extra_args_support(transform)

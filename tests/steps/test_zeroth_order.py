@@ -13,6 +13,7 @@ from memjax.estimators import methods
 from memjax.estimators.estimator import find
 from memjax.steps import diagnostics, whole_tree, zeroth_order
 from memjax.steps.replay import replay
+from tests import hlo
 from tests.models import tiny
 
 BATCH = tiny.batch_of(tiny.make(), (8, 8))
@@ -300,6 +301,26 @@ def test_updates_under_an_ulp_survive_in_the_mean_and_not_without_rounding_stoch
     mine = moved[np.sign(wanted) == sign]
     assert abs(mine.mean() - sign / 1024) < 4 / 400 / len(mine) ** 0.5
   assert float(metrics['zo/update_ulps']) > 0.1
+
+
+@pytest.mark.parametrize('name', ['mezo', pytest.param('lozo', marks=pytest.mark.slow)])
+def test_halves_of_a_mesh_take_a_side_each(name):
+  """With the results of one device, sending each other single numbers."""
+  transform = OPTIMIZERS[name]()
+  expected, wanted = jax.jit(zeroth_order.make_train_step(loss, transform))(start(transform), BATCH)
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 2), ('sides', 'data'), auto, devices=jax.devices()[:4])
+  here = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))
+  step = zeroth_order.make_train_step(loss, transform, halves=here('sides'))
+  state = jax.device_put(start(transform), here())
+  batch = jax.device_put(BATCH, here('data'))
+  compiled = jax.jit(step, out_shardings=(here(), None)).lower(state, batch).compile()
+  assert all(hlo.elements(sent) <= 2 for sent in hlo.collectives(compiled.as_text()))
+  state, metrics = compiled(state, batch)
+  np.testing.assert_allclose(metrics['train/loss'], wanted['train/loss'], rtol=1e-6)
+  np.testing.assert_allclose(metrics['zo/slope'], wanted['zo/slope'], rtol=1e-2)
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+  jax.tree.map(near, state['params'], expected['params'])
 
 
 def test_refusals():
