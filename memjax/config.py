@@ -118,8 +118,6 @@ def default() -> ConfigDict:
   return c.lock()
 
 
-def _task() -> ConfigDict:
-  """Returns the fields of a labelled task, which takes the place of `data.sources`."""
 def _model_args() -> ConfigDict:
   """Returns the fields of all model families that are plain values, each None."""
   fields = [field for family, _ in FAMILIES for field in dataclasses.fields(family)]
@@ -132,6 +130,8 @@ def _takes(field: dataclasses.Field, kind: type) -> bool:
   return field.type in (kind, kind | None)
 
 
+def _task() -> ConfigDict:
+  """Returns the fields of a labelled task, which takes the place of `data.sources`."""
   c = ConfigDict()
   c.name = ''  # A key of memjax.tasks.TASKS, or 'jsonl:FILE' with a template; '' trains on text.
   # Files (.jsonl, .json, .csv, .tsv) or 'tfds:NAME@DIR#SPLIT'; '' is the prepared TensorFlow
@@ -265,9 +265,9 @@ def validate(c: ConfigDict) -> None:
   every = optimizers.OPTIMIZERS | optimizers.ZEROTH_ORDER
   _check_named('optimizer', c.optimizer.to_dict(), every, optimizers.arguments)
   _check_named('adapter', c.adapter.to_dict(), adapters.ADAPTERS, adapters.arguments)
+  ranges.check(c)
   _check_step(c)
   _check_zeroth_order(c)
-  ranges.check(c)
   _check_task(c)
   selectors.check(c)
   if c.batch_size % c.accumulate:
