@@ -5,8 +5,8 @@
 `:smoke` takes seconds on a CPU. Published validation perplexity on C4 (arXiv 2406.06564): 18.70, at
 rank 128 19.96, LoRA 31.87, full rank 18.72.
 
-The pools of candidates are 0.96 GB, beside matrices of 0.6; `:pool=keys` draws candidates as they
-come and keeps none.
+The pools of candidates are 0.96 GB, beside matrices of 0.6; `:pool=host` keeps them in the host's
+memory, and `:pool=keys` draws candidates as they come and keeps none.
 """
 
 from memjax import recipes
