@@ -42,7 +42,7 @@ def scale_by_apollo(
   and the norm of the whole update grows by at most 1 % from one update to the next. All other
   leaves get plain Adam. A matrix keeps `2 r c + 1` f32 numbers, `c` its longer side, where Adam
   keeps `2 a c`: the projection is drawn again in every update and not kept (other bases keep `r a`
-  more). Sharded, an update communicates `R` and norms, never an `[m, n]` matrix.
+  more). Sharded, an update communicates `R` and norms, and given `layout` never an `[m, n]` matrix.
 
   Args:
     rank: Subspace dimension `r`, or a function of (path, leaf); published, a quarter of the model's

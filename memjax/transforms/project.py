@@ -105,9 +105,10 @@ def project(
     stagger: False refreshes all units in the same update, as published.
     targets: Leaves to project: None for every leaf with two axes or more, a regular expression
       searched in paths such as `'blocks/attn/q/kernel'`, or a function of (path, leaf).
-    layout: Function of (path, projected leaf) that returns the leaf with a sharding imposed on it,
-      such as `memjax.sharding.layout(...)`; None leaves it to the compiler, which on a mesh may
-      gather `inner`'s moments where it need only gather its answer.
+    layout: Function of (path, leaf) that returns a projected leaf, or a basis that is drawn, with a
+      sharding imposed on it, such as `memjax.sharding.layout(...)`; None leaves it to the compiler,
+      which on a mesh may gather `inner`'s moments where it need only gather its answer, and the
+      gradient where it need only add up products with a drawn basis.
     lift: How the answer of `inner` becomes an update of the whole matrix; `lifts.back()` if None,
       as above.
     storage: How bases are kept; `storage.whole()`, f32, if None, `packed()` for 8 or 4 bits. Bases
@@ -144,6 +145,13 @@ def project(
 
   def impose(plan, leaf):
     return leaf if layout is None or not plan.projected else layout(plan.path, leaf)
+
+  def basis_of(clock, parts, gradient, axis):
+    found = _basis(clock, parts, gradient, basis, seed, axis)
+    if found is None or basis.draw is None:
+      return found
+    # A basis that is drawn lies on every device, and the compiler would gather the gradient to it.
+    return impose(clock.plan, found)
 
   def init(params):
     plans = plan_leaves(params, rank, side, targets)
@@ -196,8 +204,8 @@ def project(
     if only_refresh is not None:
       return updates, state
 
-    left = [_basis(c, h.left, g, basis, seed, -2) for c, h, g in zip(clocks, held, gradients)]
-    right = [_basis(c, h.right, g, basis, seed, -1) for c, h, g in zip(clocks, held, gradients)]
+    left = [basis_of(c, h.left, g, -2) for c, h, g in zip(clocks, held, gradients)]
+    right = [basis_of(c, h.right, g, -1) for c, h, g in zip(clocks, held, gradients)]
     reduced = gradients
     if not projected:
       reduced = [
