@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from memjax import transforms
+from memjax import sharding, transforms
 from memjax.transforms.float32 import in_float32
 
 RANK, EVERY = 4, 3
@@ -63,8 +63,8 @@ TRANSFORMS = {
     _low_rank(lambda: optax.trace(0.9), moments='rotate'), lambda m, n: RANK * (m + n)
   ),
   'low_rank_lion': Entry(_low_rank(optax.scale_by_lion), lambda m, n: RANK * (m + n)),
-  'low_rank_adafactor': Entry(
-    _low_rank(lambda: transforms.scale_by_adafactor(min_dim_size_to_factor=1)),
+  'galore_adafactor': Entry(
+    lambda: transforms.scale_by_galore_adafactor(RANK, refresh_every=EVERY),
     lambda m, n: RANK * min(m, n) + RANK + max(m, n),
   ),
   'vector_adam': Entry(
@@ -129,14 +129,14 @@ TRANSFORMS = {
 }
 
 SHAPES = {'matrix': {'w': (12, 20)}, 'stacked': {'w': (3, 12, 20), 'v': (3, 20, 12)}}
-PARAMS = {'w': jnp.ones((3, 12, 20))}
+PARAMS = {'w': jnp.ones((3, 16, 32))}
 
 
 def _gradient(step):
   """Matrices with a decaying spectrum, as gradients have; another one every step."""
   rng = np.random.default_rng(step)
-  left = rng.standard_normal((3, 12, 12)) * 0.7 ** np.arange(12)
-  return {'w': jnp.asarray(left @ rng.standard_normal((3, 12, 20)), jnp.float32)}
+  left = rng.standard_normal((3, 16, 16)) * 0.7 ** np.arange(16)
+  return {'w': jnp.asarray(left @ rng.standard_normal((3, 16, 32)), jnp.float32)}
 
 
 @functools.cache
@@ -187,21 +187,23 @@ def test_updates_lie_in_a_subspace_and_compile_once(name):
   assert len(traces) == 1
 
 
+# Largest difference that a mesh makes, over the norm of the update: sums in another order. Between
+# its own singular vectors Adam divides it by itself, see above; five rounds of Newton-Schulz
+# amplify it by 3.4 a round.
+FROM_A_MESH = dict.fromkeys(TRANSFORMS, 1e-5) | {'galore_both': 1e-3, 'muon': 1e-4}
+
+
+@pytest.mark.parametrize(
+  ('fsdp', 'tensor'),
+  [(4, 2), pytest.param(8, 1, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize('name', TRANSFORMS)
-def test_sharded_update_equals_unsharded(name):
+def test_sharded_update_equals_unsharded(name, fsdp, tensor):
   transform, plain, _ = _compiled(name)
-  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-  def sharding(x):
-    if x.ndim < 3:
-      return NamedSharding(mesh, PartitionSpec())
-    rows, columns = (size not in (1, RANK) for size in x.shape[-2:])
-    return NamedSharding(
-      mesh, PartitionSpec(None, 'fsdp' if rows else None, 'tensor' if columns else None)
-    )
-
+  rules = [('', PartitionSpec(None, 'fsdp', 'tensor'))]
+  params = sharding.param_shardings(PARAMS, rules, sharding.make_mesh(1, fsdp, tensor))
   state = transform.init(PARAMS)
-  shardings = tuple(jax.tree.map(sharding, tree) for tree in (PARAMS, state))
+  shardings = params, sharding.state_shardings(state, PARAMS, params)
   update = lambda gradient, state: transform.update(gradient, state, PARAMS)
   sharded = jax.jit(update, in_shardings=shardings, out_shardings=shardings)
   other = jax.device_put(state, shardings[1])
@@ -209,10 +211,9 @@ def test_sharded_update_equals_unsharded(name):
     gradient = _gradient(step)
     expected, state = plain(gradient, state)
     updates, other = sharded(jax.device_put(gradient, shardings[0]), other)
-    assert updates['w'].sharding.shard_shape(updates['w'].shape) == (3, 3, 10)
-    # Sums in another order turn a basis by their rounding error over the spectrum's gap, about
-    # 1e-5; updates are of order 1.
-    np.testing.assert_allclose(updates['w'], expected['w'], atol=2e-4)
+    assert updates['w'].sharding.shard_shape(updates['w'].shape) == (3, 16 // fsdp, 32 // tensor)
+    off = np.linalg.norm(updates['w'] - expected['w']) / np.linalg.norm(expected['w'])
+    assert off < FROM_A_MESH[name]
   if TRANSFORMS[name].projects:
     assert np.linalg.matrix_rank(np.asarray(updates['w'][0]), rtol=1e-3) <= RANK
 
