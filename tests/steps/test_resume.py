@@ -1,11 +1,14 @@
 """A run that is killed and resumed layer by layer: four steps are two, a checkpoint, and two."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
 
 from memjax import build, checkpoint, config, sharding
 from memjax.evaluate import place
+from tests import launch
 from tests.steps.test_layerwise import tiny_config
 
 SHORT = dict(rank=32, refresh_every=3)  # A refresh on each side of the checkpoint.
@@ -64,3 +67,30 @@ def test_a_resumed_run_has_the_same_bits(name, tmp_path):
   resumed, second = run(parts, restored.state, range(2, 4))
   assert first + second == losses
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_with_the_same_bits(tmp_path):
+  """Weights and moments in 8 bits, bases in 4, all state in host memory; killed by SIGKILL between
+  checkpoints.
+  """
+  steps = 6
+  flags = [f'--config.steps={steps}', '--config.checkpoint.every=2', '--config.checkpoint.keep=9']
+  flags += ['--config.offload_state=1.0', '--config.optimizer.min_size=64']
+  flags += ['--config.eval_every=0', '--config.sample.tokens=0']
+  how = dict(config='configs/q_galore_llama7b.py:smoke', cache=tmp_path / 'cache')
+  alone = launch.run(tmp_path / 'alone', *flags, **how)
+  assert alone.returncode == 0, alone.stderr
+  workdir = tmp_path / 'killed'
+  killed = launch.run(
+    workdir, *flags, moment='step=3', send=signal.SIGKILL, WAIT_FOR_CHECKPOINT='2', **how
+  )
+  assert killed.returncode == -signal.SIGKILL
+  assert launch.checkpoints(workdir) == [2]
+  resumed = launch.run(workdir, *flags, **how)
+  assert resumed.returncode == 0, resumed.stderr
+  assert 'Resuming after step 2' in resumed.stdout
+  assert launch.lines(workdir) == launch.lines(tmp_path / 'alone')
+  expected = launch.digests(tmp_path / 'alone', steps)
+  assert {'uint8', 'int8'} <= {leaf['dtype'] for leaf in expected.values()}
+  assert launch.digests(workdir, steps) == expected
