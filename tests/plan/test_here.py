@@ -86,6 +86,7 @@ def command(*flags, program=('-m', 'memjax.plan')):
   [
     (['--target=v5e:1x'], "there is no target 'v5e:1x'; the nearest is 'v5e:1x1'"),
     (['--target=v5e:2x2', '--config.mesh.fsdp=3'], 'takes 3 devices, but there are 4'),
+    (['--target=cpu', '--plot=plan.foo'], 'plan.foo: pictures end in one of .'),
   ],
 )
 def test_the_command_refuses_in_a_sentence(flags, sentence):
@@ -116,6 +117,59 @@ def test_one_plan_through_the_command_and_a_child(tmp_path):
   assert sum(found['parts'].values()) == found['peak_bytes']
   with Image.open(tmp_path / 'plan.png') as picture:
     picture.verify()
+
+
+# One layer, without optimizer state: seconds to compile for the CPU.
+LEAST = [
+  f'--config={SMOKE}',
+  f'--config.model_args={dict(layers=1, loss_chunk=64)}',
+  *('--config.accumulate=1', '--config.optimizer.name=sgd', '--config.batch_size=8'),
+  '--target=cpu',
+]
+
+
+def test_one_bad_target_hides_no_other():
+  flags = [*LEAST[:-1], '--plan=cpu', '--plan=v5']
+  done = command(*flags, program=('run.py',))
+  assert done.returncode == 1
+  assert 'cpu: fits' in done.stdout
+  assert "there is no target 'v5'" in done.stderr
+
+
+def test_ways_are_compared_through_the_command(tmp_path):
+  files = [f'--json={tmp_path}/rows.json', f'--plot={tmp_path}/trade.png']
+  done = command(*LEAST, '--recommend', '--compiles=2', *files)
+  assert done.returncode == 0, done.stderr
+  assert '2 of ' in done.stdout
+  rows = json.loads((tmp_path / 'rows.json').read_text())
+  assert {(row['method'], row['target']) for row in rows} == {('sgd', 'cpu'), ('adamw', 'cpu')}
+  with Image.open(tmp_path / 'trade.png') as picture:
+    picture.verify()
+
+
+SEARCH = """
+import runpy
+from memjax.plan import search, targets
+def largest_batch(config, target, say):
+  targets.parse(target)
+  say(8, 'cpu: fits')
+  return 8, {'target': target, 'notes': ['a note']}
+search.largest_batch = largest_batch
+runpy.run_module('memjax.plan', run_name='__main__', alter_sys=True)
+"""
+
+
+def test_the_largest_batch_is_told_by_the_command(tmp_path):
+  """Over a made-up search; another target that fails does not take the answer along."""
+  flags = [*LEAST, '--target=v5', '--search=batch', f'--json={tmp_path}/batch.json']
+  done = command(*flags, program=('-c', SEARCH))
+  assert done.returncode == 1
+  assert "there is no target 'v5'" in done.stderr
+  assert json.loads((tmp_path / 'batch.json').read_text()) == [
+    {'target': 'cpu', 'notes': ['a note'], 'batch_size': 8}
+  ]
+  for words in ('batch 8  cpu: fits', '--config.batch_size=8', 'a note'):
+    assert words in done.stdout
 
 
 def test_a_step_of_ones_own_is_planned_part_by_part(tmp_path):
