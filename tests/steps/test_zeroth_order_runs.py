@@ -91,7 +91,7 @@ def test_a_config_and_a_log_are_the_run(tmp_path):
 
 
 def test_what_no_replay_can_begin_with_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r'config.json does not exist; .* log_steps'):
+  with pytest.raises(ValueError, match=r'config.json does not exist; .*log_steps'):
     memjax.replay_run(tmp_path)
 
 
