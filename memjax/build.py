@@ -275,7 +275,7 @@ def _loss(config, model, adapter):
   loss = adapter.loss(model) if hasattr(adapter, 'loss') else model.loss
   if config.step not in ('whole_tree', 'zeroth_order') and loss != model.loss:
     raise ValueError(
-      f"config.adapter {config.adapter.name!r} compares the hidden states of all layers with the "
+      f'config.adapter {config.adapter.name!r} compares the hidden states of all layers with the '
       f"original's, which config.step={config.step!r} never has together; set "
       "config.step='whole_tree' or 'zeroth_order', or config.adapter.task_share=1.0"
     )

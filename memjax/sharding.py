@@ -150,6 +150,15 @@ class Layout:
   def __call__(self, path: str, leaf):
     return jax.lax.with_sharding_constraint(leaf, self._sharding(path, leaf.shape))
 
+  def along(self, path: str, leaf, axis: int):
+    """Returns `leaf` `[d, r]`, whose rows are one of the parameter's axes, with these rows on its
+    devices and whole columns: products with the parameter's gradient then gather nothing of it.
+    """
+    shape, sharding = self._owners[path]
+    entries = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    spec = _dividing(leaf.shape, (entries[axis], None), sharding.mesh)
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
+
   def ways(self, path: str, shape) -> tuple[int, ...]:
     """Devices that each axis of a leaf of this shape is divided over."""
     sharding = self._sharding(path, shape)

@@ -108,7 +108,8 @@ def project(
     layout: Function of (path, leaf) that returns a projected leaf, or a basis that is drawn, with a
       sharding imposed on it, such as `memjax.sharding.layout(...)`; None leaves it to the compiler,
       which on a mesh may gather `inner`'s moments where it need only gather its answer, and the
-      gradient where it need only add up products with a drawn basis.
+      gradient where it need only add up products with a drawn basis. A `memjax.sharding.Layout`
+      keeps a refresh, too, from gathering the gradient where bases are sharded over the rank.
     lift: How the answer of `inner` becomes an update of the whole matrix; `lifts.back()` if None,
       as above.
     storage: How bases are kept; `storage.whole()`, f32, if None, `packed()` for 8 or 4 bits. Bases
@@ -142,6 +143,7 @@ def project(
   _check(rank, side, refresh_every, moments, lift, ways)
   inner = optax.with_extra_args_support(inner)
   widens = isinstance(inner, Float32)
+  by_rows = hasattr(layout, 'along')
 
   def impose(plan, leaf):
     return leaf if layout is None or not plan.projected else layout(plan.path, leaf)
@@ -243,7 +245,8 @@ def project(
     for i, clock in enumerate(clocks):
       if clock.plan.projected:
         with_moments = held[i]._replace(moments={k: inner_leaves[k] for k in owned[i]})
-        held[i] = refresh(ways, clock, gradients[i], with_moments, owned[i], key, when)
+        along = functools.partial(layout.along, clock.plan.path) if by_rows else None
+        held[i] = refresh(ways, clock, gradients[i], with_moments, owned[i], key, when, along)
         for index, moment in held[i].moments.items():
           inner_leaves[index] = moment
     return held, inner_treedef.unflatten(inner_leaves)

@@ -34,7 +34,9 @@ class Ways(NamedTuple):
   interval: Interval
 
 
-def refresh(ways: Ways, clock: Clock, gradient, held: Held, kinds: dict, key, when=None) -> Held:
+def refresh(
+  ways: Ways, clock: Clock, gradient, held: Held, kinds: dict, key, when=None, along=None
+) -> Held:
   """Gives the units of one leaf that are due new bases, one matrix at a time.
 
   A loop with bounds known at run time only: no trip, no cost. A `cond` would carry both versions of
@@ -48,6 +50,8 @@ def refresh(ways: Ways, clock: Clock, gradient, held: Held, kinds: dict, key, wh
     kinds: For each key of `held.moments` `'linear'` or `'square'`.
     key: Noise key of this update.
     when: bool[], False for no refresh even of what is due; None for True.
+    along: Function of (basis `[d, r]`, axis of the gradient that has its d rows) that shards it by
+      rows alone, see `memjax.sharding.Layout.along`; None leaves it to the compiler.
 
   Returns:
     `held`, refreshed.
@@ -65,7 +69,7 @@ def refresh(ways: Ways, clock: Clock, gradient, held: Held, kinds: dict, key, wh
     mine = jax.tree.map(lambda x: x[unit], carry)
     matrix = stacked[unit].astype(at_least_float32(gradient))
     noise = jax.random.fold_in(fold_in_path(key, plan.path), clock.first + unit)
-    renew = lambda parts, axis: _renew(ways, clock.count, matrix, parts, axis, noise)
+    renew = lambda parts, axis: _renew(ways, clock.count, matrix, parts, axis, noise, along)
     left, right, turns, pair = mine.left, mine.right, [None, None], None
     if plan.right:
       right, turns[1], pair = renew(mine.right, -1)
@@ -80,11 +84,13 @@ def refresh(ways: Ways, clock: Clock, gradient, held: Held, kinds: dict, key, wh
   return jax.tree.map(lambda new, old: new.reshape(old.shape), stack, held)
 
 
-def _renew(ways, count, matrix, parts, axis, noise):
+def _renew(ways, count, matrix, parts, axis, noise, along):
   """Returns one unit's new basis as stored, its turn `[r, r]`, and the pair of bases `[m, r]`."""
   tall = (lambda x: x) if axis == -2 else (lambda x: x.T)
-  old = tall(unpack(parts, axis))
-  new = _finite_or(ways.basis.refresh(tall(matrix), old, noise, count), old)
+  by_rows = (lambda x: x) if along is None else (lambda x: along(x, axis))
+  old = by_rows(tall(unpack(parts, axis)))
+  # Before and after: the iterations in between take their sharding from both ends.
+  new = by_rows(_finite_or(ways.basis.refresh(tall(matrix), old, noise, count), old))
   return ways.storage.pack(tall(new), axis), _dot(new.T, old), (old, new)
 
 
