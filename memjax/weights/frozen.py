@@ -48,13 +48,22 @@ def frozen_dot(x: jax.Array, w: Any, transpose: bool = False) -> jax.Array:
   Where the weight is an array, that is all. Where it is quantised, the matrix made for the product
   is not kept for the backward pass, which makes it again.
   """
-  w = jax.lax.stop_gradient(w)
-  return dot(x, w, transpose) if isinstance(w, jax.Array) else _dot_again(x, w, transpose)
+  if isinstance(w, jax.Array):
+    return dot(x, jax.lax.stop_gradient(w), transpose)
+  return _dot_again(x, w, transpose)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _dot_again(x, w, transpose):
   return dot(x, w, transpose)
+
+
+@_dot_again.defjvp
+def _tangent(transpose, primals, tangents):
+  x, w = primals
+  # Of the tangent alone: the backward pass makes the matrix again from w, and has no need of x.
+  again = jax.checkpoint(lambda t, w: dot(t, w, transpose))
+  return dot(x, w, transpose), again(tangents[0], w)
 
 
 def spread(leaf: Any, entries: tuple) -> Any:

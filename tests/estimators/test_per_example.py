@@ -45,7 +45,9 @@ def whole_gradients(make):
   return np.stack([np.ravel(v['b'][-1] if isinstance(v, dict) else v[-1]) for v in values])
 
 
-@pytest.mark.parametrize(('make', 'parts'), [(plain, 1), (adapted, 4)])
+@pytest.mark.parametrize(
+  ('make', 'parts'), [(plain, 1), pytest.param(adapted, 4, marks=pytest.mark.slow)]
+)
 def test_gradients_are_those_of_each_example_alone(make, parts):
   params = make()
   found = jax.jit(lambda p, b: per_example.gradients(MODEL, p, b, parts=parts))(params, BATCH)

@@ -135,6 +135,7 @@ def test_gradients_reach_every_leaf_and_a_mesh_changes_none():
   assert_gradients_close(sharded, grads, 1e-5)  # f32 sums in another order.
 
 
+@pytest.mark.slow
 def test_adapted_leaves_train_and_the_others_stay():
   """Adam on factors of rank 2 and on the head fits three rows."""
   model = make(pool='mean')

@@ -103,6 +103,7 @@ def test_scan_equals_a_loop_over_the_three_pieces():
   assert_trees_close(grad, grad_by_hand, 1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
   model, batch = make(), batch_of(make(), (2, 9))
   params = random_params(model)

@@ -64,6 +64,7 @@ def test_blocks_keep_to_the_window(window):
     np.testing.assert_allclose(whole, np.repeat(arrays[2], 2, axis=2), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_keys_are_summed_in_float32():
   """bfloat16 sums over 64 blocks would be off by more than one rounding."""
   arrays = draw(64, dtype='bfloat16')

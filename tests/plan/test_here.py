@@ -61,7 +61,7 @@ def test_a_run_that_cannot_fit_stops_with_ways_out_and_allocates_nothing(
     train(small(), tmp_path / 'run', devices=jax.devices()[:1])
   sentence, line = str(error.value).split('\n')
   assert 'nothing was allocated' in sentence
-  assert f'needs {need / 2**30:.2f} GiB' in sentence
+  assert f'needs {need / 2**20:.2f} MiB' in sentence
   assert line.startswith('  --config.accumulate=16  needs ')
   assert 'fits; more and smaller' in line
   new = [x for x in jax.live_arrays() if id(x) not in before]
@@ -128,6 +128,7 @@ LEAST = [
 ]
 
 
+@pytest.mark.slow
 def test_one_bad_target_hides_no_other():
   flags = [*LEAST[:-1], '--plan=cpu', '--plan=v5']
   done = command(*flags, program=('run.py',))
@@ -136,6 +137,7 @@ def test_one_bad_target_hides_no_other():
   assert "there is no target 'v5'" in done.stderr
 
 
+@pytest.mark.slow
 def test_ways_are_compared_through_the_command(tmp_path):
   files = [f'--json={tmp_path}/rows.json', f'--plot={tmp_path}/trade.png']
   done = command(*LEAST, '--recommend', '--compiles=2', *files)

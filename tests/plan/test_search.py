@@ -188,6 +188,7 @@ def test_recommended_are_those_that_fit_first_then_by_peak(fake, three_methods, 
   assert list(shown.columns[0].cells) == [row['method'] for row in rows]
 
 
+@pytest.mark.slow
 def test_what_only_one_method_or_step_can_do_is_left_to_it(fake, three_methods, monkeypatch):
   """AdamW has no subspace to add up in, and the ordinary step no state on the host."""
   c = tiny()

@@ -23,6 +23,7 @@ def compile_step(target, step, optimizer=None, **changes):
   )[:2]
 
 
+@pytest.mark.slow
 def test_no_gradient_is_larger_than_a_layers():
   """A deeper model takes more temporary memory by its layers' inputs alone."""
 

@@ -23,6 +23,7 @@ def start(last=1):
   return hybrid.init_state(init, last, ESTIMATOR, SGD, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_last_layers_descend_the_gradient_and_the_others_an_estimate():
   state = start()
   step = jax.jit(hybrid.make_train_step(MODEL, ESTIMATOR, SGD))

@@ -166,6 +166,7 @@ def run(tmp_path_factory):
   return directory, result
 
 
+@pytest.mark.slow
 def test_scores_stand_beside_the_validation_loss(run):
   directory, result = run
   lines = [line for line in metrics.read(directory) if 'eval/loss' in line]
