@@ -280,6 +280,7 @@ def fading(step):
   return state()['params']
 
 
+@pytest.mark.slow
 def test_weights_that_faded_are_exported_as_products():
   with pytest.raises(ValueError, match=r'^blocks/attn/k/kernel: 0.25 of the weight is left'):
     adapters.compressed(fading(3))

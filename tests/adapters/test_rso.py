@@ -189,6 +189,7 @@ def config():
   return training.config(dict(name='rso', rank=4, every=2))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_midway_is_the_same():
   training.assert_resumes(config())
 

@@ -76,6 +76,7 @@ def estimate():
   return jax.jit(run, static_argnums=1)
 
 
+@pytest.mark.slow
 def test_a_slope_is_the_gradient_along_its_direction():
   slopes, directions, found = estimate()(5, 2)
   expected = whole_gradients(adapted) @ directions.T

@@ -147,6 +147,7 @@ def test_tied_embedding_gets_both_gradients():
   assert min(jnp.abs(lookup).max(), jnp.abs(head).max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_close_and_keeps_f32_gradients():
   model = make()
   half = dataclasses.replace(model, dtype='bfloat16')

@@ -303,7 +303,8 @@ def test_updates_under_an_ulp_survive_in_the_mean_and_not_without_rounding_stoch
   assert float(metrics['zo/update_ulps']) > 0.1
 
 
-@pytest.mark.parametrize('name', ['mezo', pytest.param('lozo', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mezo', 'lozo'])
 def test_halves_of_a_mesh_take_a_side_each(name):
   """With the results of one device, sending each other single numbers."""
   transform = OPTIMIZERS[name]()
