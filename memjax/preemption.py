@@ -32,9 +32,8 @@ class Preemption:
     self._previous = {}  # Handlers to put back, by signal.
 
   def __enter__(self) -> 'Preemption':
-    if (
-      not jax.distributed.is_initialized()
-    ):  # Asking for the process count would start the backend.
+    # Asking for the process count would start the backend.
+    if not jax.distributed.is_initialized():
       self._take(signal.SIGTERM, self._handle)
     return self
 

@@ -91,7 +91,7 @@ def weight_shardings(params, shardings):
       return sharding
     shape = whole(leaf).shape
     spec, mesh = sharding.spec, sharding.mesh
-    entries = (*spec, *(None,) * (len(shape) - len(spec)))
+    entries = _entries(shape, spec)
 
     def place(x, entries):
       return NamedSharding(mesh, _dividing(x.shape, entries, mesh))
@@ -155,8 +155,8 @@ class Layout:
     devices and whole columns: products with the parameter's gradient then gather nothing of it.
     """
     shape, sharding = self._owners[path]
-    entries = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
-    spec = _dividing(leaf.shape, (entries[axis], None), sharding.mesh)
+    rows = _entries(shape, sharding.spec)[axis]
+    spec = _dividing(leaf.shape, (rows, None), sharding.mesh)
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
 
   def ways(self, path: str, shape) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ def _check_divides(name, shape, spec, mesh):
 
 def _inherit(shape, owner_shape, owner_spec, mesh) -> PartitionSpec:
   """The axes of a parameter's dimensions, on those of a state leaf that descends from them."""
-  entries = (*owner_spec, *(None,) * (len(owner_shape) - len(owner_spec)))
+  entries = _entries(owner_shape, owner_spec)
   if len(shape) < len(owner_shape):
     # Factored: keep the dimensions that survived, matched from the left.
     kept, sizes = [], list(zip(owner_shape, entries))
@@ -234,6 +234,11 @@ def _inherit(shape, owner_shape, owner_spec, mesh) -> PartitionSpec:
       kept.append(sizes.pop(0)[1] if sizes else None)
     entries = tuple(kept)
   return _dividing(shape, entries, mesh)
+
+
+def _entries(shape, spec) -> tuple:
+  """One entry of a `PartitionSpec` an axis; what it leaves out is None."""
+  return (*spec, *(None,) * (len(shape) - len(spec)))
 
 
 def _dividing(shape, entries, mesh) -> PartitionSpec:

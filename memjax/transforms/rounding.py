@@ -47,7 +47,7 @@ def apply_updates(params, updates, key: jax.Array | None = None, layer: jax.Arra
     new = []
     for (path, param), update in zip(named, treedef.flatten_up_to(updates), strict=True):
       if is_weight(param) and new:
-        # One after the other: the compiler would else round matrices of one shape together.
+        # Apart: the compiler would else round matrices of one shape in one fusion, and hold both.
         update, new[-1] = jax.lax.optimization_barrier((update, new[-1]))
       new.append(_add(key, layer, path, param, update))
     return treedef.unflatten(new)
