@@ -75,8 +75,12 @@ def subspace_iteration(iterations: int = 2, cold_iterations: int = 4) -> Basis:
   def refresh(gradient, previous, key, count=None):
     del count
     (_, n), rank = gradient.shape, previous.shape[1]
-    noise = jax.random.rademacher(key, (n, rank), previous.dtype)
     cold = jnp.array_equal(previous, jnp.eye(*previous.shape, dtype=previous.dtype))
+    noise = lax.cond(
+      cold,
+      lambda: jax.random.rademacher(key, (n, rank), previous.dtype),
+      lambda: jnp.zeros((n, rank), previous.dtype),
+    )
     # By a factor known beforehand: finding the product's own largest entry keeps XLA from fusing
     # it, and takes a TPU's compiler 20 s longer a leaf.
     unit = 1 / _largest(gradient)
@@ -181,17 +185,22 @@ def orthonormalise(tall, fill):
   Only the Gram matrix `[r, r]` is factorised. `fill` `[m, r]` supplies directions that `tall` has
   not got; it enters at 1e-6, just above the rounding errors of an f32 product. A shifted pass
   raises a small singular value at least a hundredfold and leaves the large ones at 1, so that after
-  two the third needs no shift. Their number is fixed and not "until converged": a loop with
-  collectives inside must run equally often on every device of a mesh.
+  two the third needs no shift. Where none was needed a second pass ends at rounding. Devices of a
+  mesh agree on the number, as each has the whole Gram matrix.
   """
-  tall = _unit_scale(tall) + 1e-6 * fill
-  # A loop and not three copies: a program holds one factorisation a leaf and side, and compiles
-  # faster.
-  return lax.fori_loop(0, 3, lambda _, tall: _cholesky_qr(tall), tall)
+
+  # A loop and not copies: a program holds one factorisation a leaf and side, and compiles faster.
+  def another(carry):
+    done, passes, tall = carry
+    tall, shifted = _cholesky_qr(tall)
+    return done + 1, jnp.where(shifted, 3, passes), tall
+
+  start = jnp.int32(0), jnp.int32(2), _unit_scale(tall) + 1e-6 * fill
+  return lax.while_loop(lambda carry: carry[0] < carry[1], another, start)[-1]
 
 
 def _cholesky_qr(tall):
-  """Multiplies `tall` by the inverse of its Gram matrix's Cholesky factor."""
+  """Multiplies `tall` by its Gram matrix's inverse Cholesky factor; says if that took a shift."""
   gram = _dot(tall.T, tall)
   # Columns of unit length: for columns near singular vectors that alone makes the Gram matrix well
   # conditioned. A column of zeros stays one.
@@ -215,10 +224,10 @@ def _cholesky_qr(tall):
     return jnp.maximum(8 * shift, least), lower
 
   start = jnp.zeros_like(gram[0, 0]), jnp.full_like(gram, jnp.nan)
-  _, lower = lax.while_loop(failed, factorise, start)
+  following, lower = lax.while_loop(failed, factorise, start)
   inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True).T
   # Multiplying by the inverse, instead of a solve with `tall`, leaves `tall` as it is sharded.
-  return _dot(tall, scales[:, None] * inverse)
+  return _dot(tall, scales[:, None] * inverse), following > least
 
 
 def _unit_scale(x):
