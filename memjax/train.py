@@ -21,7 +21,7 @@ from memjax import build as build_lib
 from memjax import checkpoint, estimators, metrics, plan, pretrained, same_run, sharding, workdir
 from memjax import config as config_lib
 from memjax.evaluate import evaluate, place
-from memjax.models.generate import generate
+from memjax.models.decode import decode
 from memjax.preemption import Preemption
 from memjax.steps import selectors
 
@@ -233,15 +233,16 @@ def check_finite(finished: int, values: dict) -> None:
 def sample(config: ConfigDict, model, params, tokenizer) -> str:
   """Returns the prompt of the config, continued by the model."""
   prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id]
-  tokens = generate(
+  room = getattr(model, 'positions', np.inf) - len(prompt)
+  tokens = decode(
     dataclasses.replace(model, activations=None),  # One sequence does not divide over a mesh.
     params,
     jnp.asarray([prompt]),
-    config.sample.tokens,
+    max(0, min(config.sample.tokens, room)),
     build_lib.root_key(config, 'sample'),
     config.sample.temperature,
   )
-  return tokenizer.decode(np.asarray(tokens)[0].tolist())
+  return tokenizer.decode(prompt + np.asarray(tokens)[0].tolist())
 
 
 def describe(config: ConfigDict, parts: build_lib.Parts, mesh) -> str:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from memjax.models.cache import Cache
 from memjax.models.decoder import padding
-from memjax.models.generate import sample
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'length', 'top_k'))
@@ -31,16 +30,16 @@ def decode(
 ) -> jax.Array:
   """Continues prompts by sampling, as one compiled program that runs each token once.
 
-  Gives the tokens of `memjax.models.generate` from the same key. Keeps `2 L B S K H` numbers in
-  the model's dtype beside the parameters, updated in place, and those of one layer again while it
-  is read. Ends as soon as every row has stopped.
+  Keeps `2 L B S K H` numbers in the model's dtype beside the parameters, updated in place, and
+  those of one layer again while it is read. Ends as soon as every row has stopped.
 
   Args:
     model: A decoder, such as `memjax.models.Llama`.
     params: Its parameters.
     prompt_tokens: `i32[B, P]`.
     length: Tokens to add at most.
-    key: The token that follows `P + i` others is drawn with `fold_in(key, P + i)`.
+    key: The token that follows `P + i` others is drawn with `fold_in(key, P + i)`, so a longer text
+      begins with a shorter one from the same key.
     temperature: Divides the logits; 0 takes the likeliest token.
     top_k: Draws among the `top_k` likeliest tokens only; None for all.
     attention_mask: `[B, P]`, zero for padding, on either side; every row has a token. Default: no
@@ -96,6 +95,18 @@ def decode(
 
   state = (jnp.int32(1), tokens, _among(token, stop), cache)
   return jax.lax.while_loop(unfinished, add_token, state)[1]
+
+
+def sample(
+  logits: jax.Array, key: jax.Array, temperature: float | jax.Array, top_k: int | None
+) -> jax.Array:
+  """Draws token ids `i32[B]` from logits `f32[B, V]`; temperature 0 takes the likeliest."""
+  if top_k is not None:
+    least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  temperature = jnp.asarray(temperature, jnp.float32)
+  drawn = jax.random.categorical(key, logits / jnp.where(temperature == 0, 1, temperature))
+  return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
 
 
 def _forward(model, params, tokens, positions, cache, allowed, slot):

@@ -9,8 +9,7 @@ import pytest
 from tiny import random_params
 
 from memjax.models import create
-from memjax.models.decode import decode
-from memjax.models.generate import generate
+from memjax.models.decode import decode, sample
 
 SMALL = dict(vocab=40, hidden=16, intermediate=24, heads=2, layers=2)
 MODELS = {
@@ -36,6 +35,19 @@ def run(name, tokens, mask, *, stop=NONE, key=0, temperature=0.0):
   return np.asarray(decode(*made(name), jnp.asarray(tokens), 6, key, temperature, **rest))
 
 
+def whole_sequences(name, tokens, key=0, temperature=0.0):
+  """The slow obvious loop: all tokens again for every new one; in one shape, zeros to come."""
+  model, params = made(name)
+  logits = jax.jit(model.logits)
+  start = tokens.shape[1]
+  tokens = np.pad(tokens, ((0, 0), (0, 6)))
+  for place in range(start, start + 6):
+    last = logits(params, jnp.asarray(tokens))[:, place - 1]
+    key_here = jax.random.fold_in(jax.random.key(key), place)
+    tokens[:, place] = sample(last, key_here, temperature, None)
+  return tokens[:, start:]
+
+
 def prompts(name, length):
   vocab = made(name)[0].vocab
   return np.random.default_rng(1).integers(0, vocab, (3, length), dtype=np.int32)
@@ -44,7 +56,7 @@ def prompts(name, length):
 @pytest.mark.parametrize('name', ['window', 'opt', slow('phi'), slow('llama')])
 def test_greedy_tokens_are_those_of_whole_sequences_wherever_the_padding(name):
   rows = prompts(name, 5)
-  expected = generate(*made(name), jnp.asarray(rows), 6, jax.random.key(0), 0.0)[:, 5:]
+  expected = whole_sequences(name, rows)
   assert len(np.unique(expected)) > 3  # Text that says something.
   tokens, mask = np.full((3, 7), 7, np.int32), np.zeros((3, 7), np.int32)
   for start, row in enumerate(rows):
@@ -53,11 +65,30 @@ def test_greedy_tokens_are_those_of_whole_sequences_wherever_the_padding(name):
   np.testing.assert_array_equal(run(name, tokens, mask), expected)
 
 
-def test_sampled_tokens_are_generates():
+def test_noise_belongs_to_the_position():
   tokens = prompts('window', 7)
-  expected = generate(*made('window'), jnp.asarray(tokens), 6, jax.random.key(3), 0.7)[:, 7:]
+  expected = whole_sequences('window', tokens, key=3, temperature=0.7)
   got = run('window', tokens, np.ones_like(tokens), key=3, temperature=0.7)
   np.testing.assert_array_equal(got, expected)
+  other = run('window', tokens, np.ones_like(tokens), key=4, temperature=0.7)
+  assert not np.array_equal(other, expected)
+  shorter = decode(*made('window'), jnp.asarray(tokens), 3, jax.random.key(3), 0.7)
+  np.testing.assert_array_equal(shorter, expected[:, :3])
+
+
+def test_samples_follow_the_temperature_and_top_k():
+  logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+  count = 4000
+  rows = jnp.tile(logits[None], (count, 1))
+
+  def frequencies(temperature, top_k):
+    drawn = sample(rows, jax.random.key(0), temperature, top_k)
+    return np.bincount(drawn, minlength=4) / count
+
+  # Five standard errors of a frequency over 4000 draws, at most 0.04.
+  np.testing.assert_allclose(frequencies(1.0, None), [0.1, 0.2, 0.3, 0.4], atol=0.04)
+  np.testing.assert_allclose(frequencies(0.5, 2), [0, 0, 9 / 25, 16 / 25], atol=0.04)
+  np.testing.assert_array_equal(frequencies(0.0, None), [0, 0, 0, 1])
 
 
 def test_a_row_stops_at_its_token_and_repeats_it():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from memjax.models import huggingface
-from memjax.models.generate import generate
+from memjax.models.decode import decode
 from memjax.models.huggingface.gguf_tokenizer import tokenizer_json
 
 pytestmark = pytest.mark.parity
@@ -94,7 +94,7 @@ def test_greedy_text_makes_sense(tokenizer, loaded):
   model, params = loaded
   prompt = tokenizer.encode(TEXTS[0]).ids
   key = jax.random.key(0)
-  tokens = generate(model, params, jnp.asarray([prompt]), 8, key, temperature=0.0)
+  tokens = decode(model, params, jnp.asarray([prompt]), 8, key, temperature=0.0)
   assert 'Paris' in tokenizer.decode(np.asarray(tokens)[0].tolist())
 
 
