@@ -260,7 +260,10 @@ def _make_step(config, model, loss, transform, shardings, gradients):
   options = _options(config)
   if config.step == 'zeroth_order':
     key = options['rounding_key']
-    return zeroth_order.make_train_step(loss, transform, rounding_key=key, shardings=shardings)
+    halves = _halves(shardings['step'].mesh)
+    return zeroth_order.make_train_step(
+      loss, transform, rounding_key=key, shardings=shardings, halves=halves
+    )
   where = config.accumulate_in
   if config.step == 'layerwise' and where == 'subspace':
     some = {k: options[k] for k in ('accumulate', 'rounding_key')}
@@ -268,6 +271,18 @@ def _make_step(config, model, loss, transform, shardings, gradients):
   if config.step == 'layerwise':
     return layerwise.make_train_step(model, transform, shardings=gradients, **options)
   return whole_tree.make_train_step(loss, transform, accumulate_in=where, **options)
+
+
+def _halves(mesh):
+  """The sharding of two values over the sides of a mesh, or None."""
+  if 'sides' not in mesh.shape:
+    return None
+  if mesh.shape['fsdp'] > 1 and mesh.shape['tensor'] > 1:
+    raise ValueError(
+      f'mesh {dict(mesh.shape)}: beside two sides the compiler does not split weights two ways; '
+      'set config.mesh.fsdp=1 or config.mesh.tensor=1'
+    )
+  return NamedSharding(mesh, jax.sharding.PartitionSpec('sides'))
 
 
 def _loss(config, model, adapter):

@@ -111,7 +111,9 @@ def default() -> ConfigDict:
   c.eval_every = 200  # Updates; the last is always evaluated. 0 never evaluates.
   c.eval_tokens = 0  # Evaluates on at most so many tokens; 0 takes the whole validation split.
   c.checkpoint = ConfigDict(dict(every=200, keep=2, keep_every=0))  # Updates, checkpoints, updates.
-  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # Devices an axis; -1 takes what is left.
+  # Devices an axis; -1 takes what is left. With 2 sides each half of them runs one of the two
+  # forward passes of step='zeroth_order', and holds all parameters.
+  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sides=1))
   c.cpu_devices = 0  # Virtual devices where there is no accelerator; 0 leaves JAX its choice.
   c.export = False  # Whether the end leaves WORKDIR/model-STEP, a folder that transformers loads.
   c.sample = ConfigDict(dict(prompt='def ', tokens=64, temperature=0.8))  # After text, not tasks.
@@ -268,6 +270,7 @@ def validate(c: ConfigDict) -> None:
   ranges.check(c)
   _check_step(c)
   _check_zeroth_order(c)
+  _check_sides(c)
   _check_task(c)
   selectors.check(c)
   if c.batch_size % c.accumulate:
@@ -405,6 +408,19 @@ def _check_zeroth_order(c: ConfigDict) -> None:
     raise ValueError(f"config.step={c.step!r} goes with config.weights='dense' alone")
   if c.offload_state > 0:
     raise ValueError(f'config.step={c.step!r} goes with config.offload_state=0 alone')
+
+
+def _check_sides(c: ConfigDict) -> None:
+  """A mesh with two sides is for steps that take two values."""
+  if c.mesh.sides not in (1, 2):
+    raise ValueError(f'config.mesh.sides is {c.mesh.sides}, but a direction has one side or two')
+  values = c.optimizer.get('sides', 2) if c.step == 'zeroth_order' else 1
+  if c.mesh.sides == 2 and values != 2:
+    raise ValueError(
+      f'config.mesh.sides is 2, but config.step={c.step!r} with this optimizer has no two forward '
+      "passes to run side by side; set config.mesh.sides=1, or config.step='zeroth_order' with "
+      'config.optimizer.sides=2'
+    )
 
 
 def _check_named(what: str, fields: dict, every: dict, arguments) -> None:

@@ -1,4 +1,5 @@
-"""Where arrays live on a device mesh with the axes `data`, `fsdp` and `tensor`.
+"""Where arrays live on a device mesh with the axes `data`, `fsdp` and `tensor`, and for a
+zeroth-order step `sides`, of which parameters and batch know nothing.
 
 Parameters follow rules, pairs of (regular expression on the leaf path, `PartitionSpec`): the first
 match wins and every leaf must be matched. Everything else is derived: optimizer state from the
@@ -21,8 +22,10 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sides: int = 1, devices=None) -> Mesh:
   """Returns a mesh over `devices`, default all; -1 for one axis takes what the others leave.
+
+  With 2 `sides` the mesh has an axis of that name, whose halves hold the same.
 
   >>> dict(make_mesh(fsdp=2).shape)
   {'data': 4, 'fsdp': 2, 'tensor': 1}
@@ -31,7 +34,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     ValueError: when the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor) | ({'sides': sides} if sides != 1 else {})
   wild = [axis for axis, size in sizes.items() if size == -1]
   if len(wild) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
     raise ValueError(f'mesh {sizes}: sizes are positive, and at most one is -1')
@@ -43,12 +46,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
       f'mesh {sizes} takes {fixed} devices{" or a multiple" if wild else ""}, but there are '
       f'{len(devices)}; change config.mesh'
     )
-  shape = tuple(sizes[axis] for axis in AXES)
+  # Last are the nearest neighbours: sides send each other two numbers.
+  axes = AXES if sides == 1 else ('sides', *AXES)
+  shape = tuple(sizes[axis] for axis in axes)
   if devices[0].platform == 'tpu':  # Neighbours on the torus become neighbours on the mesh.
     grid = mesh_utils.create_device_mesh(shape, devices)
   else:
     grid = np.asarray(devices).reshape(shape)
-  return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+  return Mesh(grid, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
 
 
 def param_shardings(params, rules, mesh: Mesh):

@@ -65,9 +65,11 @@ def sum_over_batch(
   def summed(params, *arrays):
     # check_vma=False: with it, jax marks `params` as varying where they are used, inside the loop,
     # and so reduces there.
+    # None is the mesh of the `shard_map` around: there each side of a zeroth-order step has a half.
+    around = jax.sharding.get_abstract_mesh()
     sums = jax.shard_map(
       local,
-      mesh=layout.mesh,
+      mesh=None if around.manual_axes else layout.mesh,
       in_specs=(P(), *[P(axes)] * len(arrays)),
       out_specs=P(axes),
       axis_names=set(axes),

@@ -161,7 +161,8 @@ def changes_of(config: ConfigDict, devices: int) -> list[tuple[dict, str, bool]]
   layerwise = config.step != 'whole_tree'
   if config.remat != 'full' and not layerwise:
     ways.append(({'remat': 'full'}, 'every block runs twice', True))
-  most = config.batch_size // (devices // max(config.mesh.tensor, 1))
+  mesh = config.mesh
+  most = config.batch_size // (devices // (max(mesh.tensor, 1) * max(mesh.sides, 1)))
   if config.accumulate < most and not config.batch_size % most:
     ways.append(({'accumulate': most}, 'more and smaller micro-batches', True))
   if config.mesh.data != 1:

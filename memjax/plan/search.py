@@ -90,7 +90,8 @@ def batch_unit(config: ConfigDict, devices: int) -> tuple[int, int]:
   that rows are chosen from divides into its own parts too, and holds all that are kept.
   """
   fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
-  ways = devices // max(tensor, 1) if -1 in (fsdp, data) else data * fsdp
+  apart = max(tensor, 1) * max(config.mesh.sides, 1)
+  ways = devices // apart if -1 in (fsdp, data) else data * fsdp
   unit = max(ways, 1) * config.accumulate
   if config.select.name == 'none':
     return unit, unit

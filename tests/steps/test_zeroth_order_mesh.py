@@ -42,12 +42,13 @@ MEZO = dict(name='mezo', learning_rate=1e-3, eps=0.1)
 LOZO = dict(name='lozo', learning_rate=1e-3, eps=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('optimizer', 'axes'),
   [
-    pytest.param(MEZO, (8, 1, 1), id='mezo-data'),
-    pytest.param(LOZO, (2, 2, 2), id='lozo-mixed'),
+    pytest.param(MEZO, (8, 1, 1), id='mezo-data', marks=pytest.mark.slow),
+    pytest.param(LOZO, (2, 2, 2), id='lozo-mixed', marks=pytest.mark.slow),
+    pytest.param(MEZO, (2, 1, 1, 2), id='mezo-sides'),
+    pytest.param(LOZO, (1, 4, 1, 2), id='lozo-sides-fsdp', marks=pytest.mark.slow),
   ],
 )
 def test_sharded_training_is_that_of_one_device(optimizer, axes):
@@ -59,8 +60,11 @@ def test_sharded_training_is_that_of_one_device(optimizer, axes):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), params, expected)
   # Norms begin at 1, so this is what was moved: a hundred times the tolerance.
   assert np.abs(expected['final_norm']['scale'] - 1).max() > 1e-4
+  sent = hlo.collectives(step.as_text())
+  if axes == (2, 1, 1, 2):  # Values and counts, and nothing with the size of a parameter.
+    assert sent
+    assert all(hlo.elements(s) <= 2 for s in sent)
   if axes == (8, 1, 1):
-    sent = hlo.collectives(step.as_text())
     # A sum of losses, sent in a loop over two passes, and the count of tokens they are means over.
     assert [(s.kind, hlo.elements(s)) for s in sent] == [('all-reduce', 1)] * 2
 
@@ -75,16 +79,24 @@ def test_sharded_training_is_that_of_one_device(optimizer, axes):
     (dict(weights='int8'), 'goes with config.weights'),
     (dict(optimizer=config.optimizer(**MEZO | {'eps': 0.0})), 'eps is 0.0'),
     (dict(optimizer=config.optimizer(**LOZO, rank=33)), 'has a side below rank 33'),
+    ({'mesh.sides': 3}, 'a direction has one side or two'),
+    ({'mesh.sides': 2, 'optimizer.sides': 1}, 'no two forward passes to run side by side'),
+    ({'mesh.sides': 2, 'step': 'streamed'}, 'no two forward passes to run side by side'),
   ],
 )
 def test_configs_that_contradict_themselves(changes, message):
   c = small_config(MEZO)
   with c.unlocked():
-    c.update(changes)
-    if 'optimizer' in changes:
-      c.optimizer = changes['optimizer']
+    c.update_from_flattened_dict({k: v for k, v in changes.items() if k != 'optimizer'})
+    c.optimizer = changes.get('optimizer', c.optimizer)
   with pytest.raises(ValueError, match=message):
     build.build(c, sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+def test_two_sides_split_weights_one_way():
+  mesh = sharding.make_mesh(1, 2, 2, 2)
+  with pytest.raises(ValueError, match='beside two sides'):
+    build.build(small_config(MEZO), mesh)
 
 
 @pytest.mark.slow
