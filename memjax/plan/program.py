@@ -54,7 +54,8 @@ def report(job: dict) -> dict:
     (names), `compile_seconds` (of the compile that was cached, if so), `cached`, `notes` (sentences
     about what the figures leave open), `message` (the compiler's words about a program that does
     not fit, or None), and `error` and `kind`, which are None. Of a program that the compiler
-    refused for its size, `compiled` is empty, and `argument_bytes` and `collectives` are None.
+    refused for its size, `compiled` is empty, and `argument_bytes` and `collectives` are None; so
+    are `collectives` of a program that JAX cannot read.
   """
   name = job['target']
   try:
@@ -149,11 +150,14 @@ def compile_lowered(lowered, options=None) -> tuple:
     empty = {'compiled': {}, 'collectives': None, 'loops_counted_once': []}
     return None, found | empty | {'compile_seconds': time.monotonic() - started}
   seconds = time.monotonic() - started
-  text = compiled.as_text()
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:  # JAX reads fewer programs than a newer libtpu makes.
+    text = None
   return compiled, {
     'compiled': memory.of_compiled(compiled),
-    'collectives': collectives.count(text),
-    'loops_counted_once': collectives.unknown_loops(text),
+    'collectives': None if text is None else collectives.count(text),
+    'loops_counted_once': [] if text is None else collectives.unknown_loops(text),
     'compile_seconds': seconds,
     'message': None,
   }
@@ -217,6 +221,11 @@ def _notes(answer, is_here: bool) -> list[str]:
     notes.append(
       'the compiler counted the arguments in host memory as a card holds them, and they are taken '
       'off its peak; what streams them to the card is in it only where the program copies'
+    )
+  if answer['compiled'] and answer['collectives'] is None:
+    notes.append(
+      'collectives are unknown: this version of JAX cannot read the program that the compiler '
+      'made; a newer one may'
     )
   if answer['loops_counted_once']:
     notes.append(

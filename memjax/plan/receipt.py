@@ -8,7 +8,8 @@ Sizes are bytes of one device. The fields:
   host_bytes                    host memory of the arguments and, where the compiler tells, of the
                                 program's own arrays
   parts                         name -> bytes; they sum to `peak_bytes`
-  collectives                   kind -> bytes a step; None when the compiler refused the program
+  collectives                   kind -> bytes a step; None when the compiler refused the program, or
+                                JAX cannot read what it made
   compile_seconds, cached       of the compile; whether it was read from the disk
   compiled                      the compiler's own figures; {} when it refused the program
   message                       the compiler's words where it refused the program

@@ -52,6 +52,25 @@ def test_an_exported_step_keeps_its_shardings_and_donates_its_state(tmp_path):
   assert sum(report['collectives'].values()) >= 2**18
 
 
+def test_a_program_that_jax_cannot_read_has_a_peak_and_unknown_collectives(tmp_path, monkeypatch):
+  """As those that libtpu 0.0.52 makes for a v6e with JAX 0.10."""
+
+  def as_text(self):
+    raise jax.errors.JaxRuntimeError('async-update instruction should have 1 operands but sees 3')
+
+  pytest.importorskip('libtpu')
+  x = jax.ShapeDtypeStruct((2**10,), jnp.float32)
+  target = targets.parse('v6e:1x1')
+  job = exported.export_job(jax.jit(lambda x: x + 1), (x,), target, tmp_path / 'step')
+  assert program.report(job)['collectives'] == {}
+  monkeypatch.setattr(jax.stages.Compiled, 'as_text', as_text)
+  report = program.report(job)
+  assert report['error'] is None
+  assert report['peak_bytes'] >= 2**13
+  assert report['collectives'] is None
+  assert 'collectives are unknown' in report['notes'][0]
+
+
 def test_arguments_in_host_memory_take_no_device_memory(tmp_path):
   pytest.importorskip('libtpu')
   there = report_of(tmp_path, 'v5e:2x2', TWO_BY_TWO, 'pinned_host')
