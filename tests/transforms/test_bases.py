@@ -106,6 +106,24 @@ def test_svd_gives_the_leading_vectors_with_fixed_signs():
   np.testing.assert_allclose(basis, vectors, atol=2e-5)
 
 
+@pytest.mark.parametrize('singular_values', ['equal', 'eight_decades', 'one'])
+def test_columns_become_orthonormal_however_dependent(singular_values):
+  """After two passes alone the last two cases would be off by 0.5 and more."""
+  rng = np.random.default_rng(0)
+  orthonormal = lambda m, r: np.linalg.qr(rng.standard_normal((m, r)))[0]
+  tall = {
+    'equal': lambda: orthonormal(512, 128),
+    'eight_decades': lambda: (
+      (orthonormal(512, 128) * np.logspace(0, -8, 128)) @ orthonormal(128, 128)
+    ),
+    'one': lambda: np.ones((512, 128)),
+  }[singular_values]()
+  fill = jnp.asarray(orthonormal(512, 128), jnp.float32)
+  q = np.asarray(jax.jit(bases.orthonormalise)(jnp.asarray(tall, jnp.float32), fill), np.float64)
+  # A Gram matrix of 128 columns in f32.
+  np.testing.assert_allclose(q.T @ q, np.eye(128), atol=1e-5)
+
+
 @pytest.mark.parametrize('basis', [bases.subspace_iteration(), bases.svd()], ids=['iterate', 'svd'])
 def test_zero_gradient_keeps_the_basis(basis):
   previous = jnp.asarray(np.linalg.qr(np.random.default_rng(0).standard_normal((6, 2)))[0])
