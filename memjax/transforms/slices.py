@@ -99,11 +99,11 @@ def _divisors(number: int) -> list[int]:
 
 
 def view(x, count: int):
-  """Views an array as `[count, ...]` slices: some layers each, or some rows of a layer."""
+  """Views an array as `[count, ...]` slices: a layer each, some layers, or some rows of a layer."""
   layers = x.shape[0] if x.ndim > 2 else 1
-  if layers == count:
+  if x.ndim > 2 and layers == count:
     return x
-  if layers % count == 0:
+  if x.ndim > 2 and layers % count == 0:
     return x.reshape(count, layers // count, *x.shape[1:])
   return x.reshape(count, x.shape[-2] * layers // count, x.shape[-1])
 
