@@ -155,8 +155,10 @@ def hash_bits(key: jax.Array, row: jax.Array, column: jax.Array, rounds: int = 1
 def _normal(bits):
   """Magnitude from 23 bits, at most 5.4, and sign from another: exactly symmetric around zero."""
   uniform = ((bits >> np.uint32(9)).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-23)
-  magnitude = np.float32(math.sqrt(2)) * lax.erf_inv(uniform)
-  return jnp.where(bits & np.uint32(1), magnitude, -magnitude)
+  # The sign comes first: what asks for the bits again after the logarithm makes XLA's GPU backend
+  # (JAX 0.11) write both to memory, 8 bytes for a number of 2.
+  uniform = jnp.where(bits & np.uint32(1), uniform, -uniform)
+  return np.float32(math.sqrt(2)) * lax.erf_inv(uniform)
 
 
 def _sign(bits):
