@@ -32,7 +32,7 @@ def compile_here(config: ConfigDict, parts: build.Parts):
   mesh = jax.tree.leaves(parts.state)[0].sharding.mesh
   device = mesh.local_devices[0]  # Of another process it would tell nothing.
   limit = memory.limit_bytes(device)  # Before the compiler takes its own.
-  step, found = program.compile_lowered(parts.step.lower(parts.state, parts.batch))
+  step, found = program.compile_lowered(parts.step.lower(parts.state, parts.batch), device.platform)
   if step is not None:
     memory.check_donated(step, parts.state)
   host = memory.host_bytes(parts.state, parts.batch)

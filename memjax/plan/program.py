@@ -12,6 +12,7 @@ import time
 import traceback
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from memjax import build, optimizers, sharding, weights
@@ -92,7 +93,7 @@ def _answer(job: dict) -> dict:
   found = _read(entry)
   cached = found is not None
   if not cached:
-    found = compile_lowered(lowered, options)[1]
+    found = compile_lowered(lowered, devices[0].platform, options)[1]
     _write(entry, found)
   platform, host = devices[0].platform, memory.host_bytes(intended)
   answer = {
@@ -135,14 +136,34 @@ def gradients(config: ConfigDict, state) -> int:
   return memory.gradient_bytes(state, accumulate=config.accumulate, layerwise=layerwise)
 
 
-def compile_lowered(lowered, options=None) -> tuple:
-  """Returns the compiled program, and what only the compiler knows of it, for `verdict`.
+@contextlib.contextmanager
+def _compiled_anew(platform: str):
+  """Keeps JAX's persistent cache out of a compile for GPUs: of a program read back from there the
+  temporaries are no longer known (JAX 0.11), and a step of 60 GiB would be said to fit.
+  """
+  if platform != 'gpu':
+    yield
+    return
+  used = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # JAX asks for the option once.
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', used)
+    compilation_cache.reset_cache()
+
+
+def compile_lowered(lowered, platform: str, options=None) -> tuple:
+  """Returns the program compiled for a platform, and what only the compiler knows of it, for
+  `verdict`.
 
   A TPU's compiler refuses what does not fit; then the program is None.
   """
   started = time.monotonic()
   try:
-    compiled = lowered.compile(compiler_options=options)
+    with _compiled_anew(platform):
+      compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
     if (sizes := read_out_of_memory(str(e))) is None:
       raise

@@ -241,3 +241,30 @@ def test_an_exception_is_a_report():
 )
 def test_the_compilers_words_name_need_and_limit(message, sizes):
   assert program.read_out_of_memory(message) == sizes
+
+
+def test_a_program_for_gpus_is_not_read_from_the_persistent_cache(tmp_path):
+  """A GPU's program that comes from there has lost its temporaries."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+
+  def stored(x):
+    return jnp.sort(x) @ x
+
+  lowered = lambda: jax.jit(stored).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32))
+  try:
+    for name, value in options.items():
+      jax.config.update(name, value)
+    program.compilation_cache.reset_cache()
+    program.compile_lowered(lowered(), 'gpu')
+    assert not list(tmp_path.glob('*stored*'))
+    program.compile_lowered(lowered(), 'cpu')
+    assert list(tmp_path.glob('*stored*'))
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    program.compilation_cache.reset_cache()
