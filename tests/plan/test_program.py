@@ -252,10 +252,12 @@ def test_a_program_for_gpus_is_not_read_from_the_persistent_cache(tmp_path):
   }
   before = {name: getattr(jax.config, name) for name in options}
 
-  def stored(x):
-    return jnp.sort(x) @ x
+  def lowered():
+    def stored(x):
+      return jnp.sort(x) @ x
 
-  lowered = lambda: jax.jit(stored).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    return jax.jit(stored).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32))
+
   try:
     for name, value in options.items():
       jax.config.update(name, value)
