@@ -73,8 +73,8 @@ METHODS_BY_NAME = {
   'adamw': Method('AdamW, layer by layer', 'adamw', 2e-5, {}, dict(step='layerwise', remat='full')),
   'mezo': Method('MeZO', 'mezo', 2e-5, dict(eps=EPS), _VALUES),
   'lozo': Method('LOZO, rank 2', 'lozo', 2e-5, dict(eps=EPS, rank=2), _VALUES),
-  'subzero': Method('SubZero, rank 24', 'subzero', 2e-5, dict(eps=EPS, rank=24), _VALUES),
-  'zo_adam': Method('ZO-Adam', 'zo_adam', 1e-5, dict(eps=EPS), _VALUES),
+  'subzero': Method('SubZero, rank 24', 'subzero', 1e-5, dict(eps=EPS, rank=24), _VALUES),
+  'zo_adam': Method('ZO-Adam', 'zo_adam', 1e-4, dict(eps=EPS), _VALUES),
 }
 
 
