@@ -15,8 +15,8 @@ _LOW_RANK = dict(learning_rate=0.01, rank=64, refresh_every=50, scale=0.05)
 # searched for with `steps=1000,seq_len=64`, three to five points a method; methods in fewer bits
 # have those of the method they store.
 METHODS = {
-  'adafactor': (dict(name='adafactor', learning_rate=0.03), 1.0),
-  'adalomo': (dict(name='adalomo', learning_rate=0.03), 0.5),
+  'adafactor': (dict(name='adafactor', learning_rate=0.02, scale_by_parameter=False), 0.025),
+  'adalomo': (dict(name='adalomo', learning_rate=0.1), 0.2),
   'adam4bit': (dict(name='adam4bit', learning_rate=0.01), 0.025),
   'adam_mini': (dict(name='adam_mini', learning_rate=0.01), 0.025),
   'adamw': (dict(name='adamw', learning_rate=0.01), 0.025),
@@ -24,15 +24,15 @@ METHODS = {
   'apollo': (dict(name='apollo', learning_rate=0.01, rank=64, refresh_every=50), 0.2),
   'apollo_mini': (dict(name='apollo_mini', learning_rate=0.01, refresh_every=50), 0.2),
   'apollo_mini8bit': (dict(name='apollo_mini8bit', learning_rate=0.01, refresh_every=50), 0.2),
-  'came': (dict(name='came', learning_rate=0.01), 0.01),
+  'came': (dict(name='came', learning_rate=0.01, b3=0.99), 0.025),
   'fira': (dict(name='fira', **_LOW_RANK), 1.0),
   'galore': (dict(name='galore', **_LOW_RANK), 1.0),
   'galore8bit': (dict(name='galore8bit', **_LOW_RANK), 1.0),
   'galore_adafactor': (dict(name='galore_adafactor', **_LOW_RANK), 1.0),
   'galore_svd': (dict(name='galore', **_LOW_RANK, basis='svd'), 1.0),
   'golore': (dict(name='golore', **_LOW_RANK, random_after=500), 1.0),
-  'lion': (dict(name='lion', learning_rate=0.001), 0.03),
-  'lion8bit': (dict(name='lion8bit', learning_rate=0.001), 0.03),
+  'lion': (dict(name='lion', learning_rate=0.001, b1=0.95, b2=0.98), 0.03),
+  'lion8bit': (dict(name='lion8bit', learning_rate=0.001, b1=0.95, b2=0.98), 0.03),
   'lora': (dict(name='adamw', learning_rate=0.01), 0.05),
   'muon': (dict(name='muon', learning_rate=0.01), 0.3),
   'q_galore': (dict(name='q_galore', **_LOW_RANK), 1.0),
@@ -40,8 +40,8 @@ METHODS = {
   'q_galore8bit': (dict(name='q_galore8bit', **_LOW_RANK), 1.0),
   'relora': (dict(name='adamw', learning_rate=0.01), 0.05),
   'rso': (dict(name='vector_adam', learning_rate=0.01), 0.025),
-  'sm3': (dict(name='sm3', learning_rate=0.1), 0.3),
-  'switchlora': (dict(name='vector_adam', learning_rate=0.01), 0.1),
+  'sm3': (dict(name='sm3', learning_rate=0.2), 0.1),
+  'switchlora': (dict(name='vector_adam', learning_rate=0.01), 0.05),
 }
 # What is trained in place of the layers' matrices, by methods that are adapters.
 ADAPTERS = {
