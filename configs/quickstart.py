@@ -4,7 +4,8 @@ no network needed.
     python run.py --config=configs/quickstart.py
 
 Five minutes on two CPU cores, to a validation loss of 5.06. `:smoke` takes seconds. Other methods:
-`:method=adamw` and the other names of `METHODS`, compared in docs/pretraining.md.
+`:method=adamw` and the other names of `METHODS`, compared in docs/pretraining.md; one layer at a
+time: `:step=layerwise`.
 """
 
 from memjax.config import adapter, default, optimizer, parse_arg
@@ -12,7 +13,7 @@ from memjax.config import adapter, default, optimizer, parse_arg
 _LOW_RANK = dict(learning_rate=0.01, rank=64, refresh_every=50, scale=0.05)
 
 # Name -> the optimizer, and `layer_scale`, the layers' share of the learning rate. Both were
-# searched for with `steps=1000,seq_len=64`, three to five points a method; methods in fewer bits
+# searched for with `steps=1000,seq_len=64`, three to eight points a method; methods in fewer bits
 # have those of the method they store.
 METHODS = {
   'adafactor': (dict(name='adafactor', learning_rate=0.02, scale_by_parameter=False), 0.025),
@@ -54,7 +55,15 @@ ADAPTERS = {
 
 
 def get_config(arg=''):
-  arg = parse_arg(arg, smoke=False, method='galore', steps=240, seq_len=128, learning_rate=0.0)
+  arg = parse_arg(
+    arg,
+    smoke=False,
+    method='galore',
+    steps=240,
+    seq_len=128,
+    learning_rate=0.0,
+    step='whole_tree',
+  )
   if arg.method not in METHODS:
     raise ValueError(f'no method {arg.method!r}; there are {", ".join(METHODS)}')
   c = default()
@@ -68,6 +77,10 @@ def get_config(arg=''):
   if arg.smoke and 'rank' in c.optimizer:
     c.optimizer.rank, c.optimizer.refresh_every = 8, 2
   c.weights = 'nf4' if arg.method == 'qlora' else 'dense'
+  if arg.step == 'layerwise':
+    c.step, c.remat = 'layerwise', 'full'
+  elif arg.step != 'whole_tree':
+    raise ValueError(f"step is 'whole_tree' or 'layerwise' here, not {arg.step!r}")
   c.adapter = adapter(**ADAPTERS.get(arg.method, dict(name='none')))
   if arg.smoke:
     c.adapter.rank = 8

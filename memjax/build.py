@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from memjax import (
   adapters,
   optimizers,
+  peft_folder,
   pretrained,
   schedules,
   sharding,
@@ -66,6 +67,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     the leaf.
   """
   config_lib.validate(config)
+  config = peft_folder.resolved(config)
   sharding.check_batch(config.batch_size, config.accumulate, mesh)
   if config.select.name != 'none':
     sharding.check_batch(config.select.keep, config.accumulate, mesh, 'select.keep')
@@ -77,7 +79,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     return _build_streamed(config, mesh, model, schedule, adapter)
   if config.step == 'hybrid':
     return _build_hybrid(config, mesh, model, schedule, adapter)
-  init_params = adapted(pretrained.starting(model, _store(config)), adapter)
+  init_params = adapted(pretrained.starting(model, _store(config)), adapter, config, model)
   start = pretrained.shapes(config, model)
   stored = jax.eval_shape(init_params, start)
   placed = _place_params(stored, model, mesh, adapter)
@@ -153,11 +155,9 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
 def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
   """Puts together a run whose blocks live in the host's memory."""
   method = build_method(config, schedule)
-  transform = adapters.optimizer_of(adapter, method.transform, schedule)
-  method = method._replace(transform=transform)
   store = _store(config) or (lambda matrix: matrix)
   to_host = lambda matrix: streams.to_host(store(matrix))
-  init_params = adapted(pretrained.starting(model, to_host), adapter)
+  init_params = adapted(pretrained.starting(model, to_host), adapter, config, model)
   init = functools.partial(streamed.init_state, init_params, method)
   state = jax.eval_shape(init, pretrained.shapes(config, model))
   here = NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -189,7 +189,7 @@ def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
 
 def _build_hybrid(config, mesh, model, schedule, adapter) -> Parts:
   """Puts together a run that estimates gradients of all layers but the last."""
-  init_params = adapted(pretrained.starting(model, _store(config)), adapter)
+  init_params = adapted(pretrained.starting(model, _store(config)), adapter, config, model)
   last, changed = config.hybrid.layers, config.copy_and_resolve_references()
   name, peak = config.hybrid.optimizer, config.hybrid.learning_rate
   changed.optimizer = config_lib.optimizer(name, learning_rate=peak)
@@ -238,17 +238,18 @@ def build_method(config: ConfigDict, schedule: optax.Schedule) -> streamed.Metho
     ValueError: for an optimizer that a streamed step cannot run, naming the field.
   """
   o = {k: config.optimizer.get(k, v) for k, v in optimizers.arguments('mezo').items()}
-  known = dict(name='mezo', samples=1, sides=2, blockwise=False, log_steps=0)
+  known = dict(name='mezo', samples=1, sides=2, blockwise=False)
   for field, only in known.items():
     if config.optimizer.get(field, only) != only:
       raise ValueError(
         f'config.optimizer.{field} is {config.optimizer[field]!r}, but a streamed step sends the '
-        f'blocks through the device once, for two values, and keeps nothing else: set it to '
+        f'blocks through the device once, for two values, and keeps no other state: set it to '
         f"{only!r}, or config.step='zeroth_order'"
       )
   family = noise.family(o['noise'], o['density'], o['resample_every'])
+  transform = build_transform(config, schedule)
   return streamed.Method(
-    build_transform(config, schedule),
+    adapters.optimizer_of(build_adapter(config), transform, schedule),
     dense(family, o['seed']),
     o['eps'],
     rounding_key=rounding_key(config),
@@ -302,19 +303,27 @@ def build_adapter(config: ConfigDict):
   name = config.adapter.name
   if adapters.ADAPTERS[name] is None:
     return None
-  known = adapters.arguments(name)
-  return adapters.ADAPTERS[name](**{k: config.adapter.get(k, v) for k, v in known.items()})
+  return adapters.specification(name, config.adapter)
 
 
-def adapted(init_params, adapter):
-  """Returns a function of a key that draws parameters, and factors of an adapter beside them."""
+def adapted(init_params, adapter, config, model):
+  """Returns a function of a start that makes parameters, and factors of an adapter beside them.
+
+  Raises:
+    ValueError: naming a leaf that `config.adapter.export` could not write.
+  """
   if adapter is None:
     return init_params
+  leaves = peft_folder.specifications(config)
 
   def init(start):
     key = fold_in_path(pretrained.key_of(start), 'adapter')
-    return adapters.attach(init_params(start), adapter, key)
+    params = adapters.attach(init_params(start), adapter, key, leaves)
+    return adapters.with_factors(params, getattr(start, 'factors', None) or {})
 
+  if config.adapter.get('export'):
+    stored = jax.eval_shape(init, pretrained.shapes(config, model))
+    adapters.check_peft(stored, peft_folder.of_folder(model))
   return init
 
 

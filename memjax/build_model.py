@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from memjax import models, sharding
+from memjax import models, run_folder, sharding
 from memjax.models import huggingface
 from memjax.models.stacked import check_fields
 
@@ -24,7 +24,8 @@ def build_model(config: ConfigDict, mesh: Mesh):
 def bare_model(config: ConfigDict, **fields):
   """Returns the model of a config without the loss of a task; `fields` are those to set."""
   if config.load:
-    model = huggingface.describe(config.load)
+    run = run_folder.find(config.load)
+    model = huggingface.describe(config.load) if run is None else bare_model(run.config)
     fields |= model_fields(config, type(model))
     check_fields(type(model), fields)
     return dataclasses.replace(model, **fields)

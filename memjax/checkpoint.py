@@ -177,10 +177,7 @@ class Checkpoints:
   # and the others wait for. These two read without one; `_attempt` then compares notes.
 
   def _read_record(self, step):
-    record = json.loads((self._path(step) / 'metadata' / 'metadata').read_text())
-    if record['crc32'] != _crc32(record['metadata'], record['leaves']):
-      raise ValueError('metadata does not match its checksum')
-    return record
+    return _read_record(self._path(step))
 
   def _read_leaves(self, step, abstract):
     target = self._ocp.args.StandardRestore(_nest(abstract))
@@ -200,6 +197,53 @@ class Checkpoints:
     if steps:
       _all_processes(True)  # No process may list the directory before the renames are done.
       self._manager.reload()
+
+
+def read_record(folder):
+  """Returns the JSON record of one checkpoint, `<directory>/<step>`: the caller's `metadata`, and
+  `leaves`.
+
+  Files alone are read: no backend begins, nor do processes compare notes.
+
+  Raises:
+    ValueError: when it is damaged.
+  """
+  try:
+    return _read_record(epath.Path(folder))
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(f'the checkpoint {folder} is damaged ({error}); name another') from error
+
+
+def read_part(folder, described, abstract):
+  """Returns a part of the state of one checkpoint, and reads no other; leaves files as they are.
+
+  Args:
+    folder: The checkpoint, `<directory>/<step>`.
+    described: `leaves` of its record.
+    abstract: Pytree of `jax.ShapeDtypeStruct`s with shardings, whose paths are those of the state.
+
+  Raises:
+    ValueError: when the checkpoint is damaged.
+  """
+  import orbax.checkpoint as ocp
+
+  leaves = _by_path(abstract)
+
+  def read():
+    nested = _nest(leaves)
+    onto = ocp.checkpoint_utils.construct_restore_args(nested)
+    target = ocp.args.PyTreeRestore(nested, restore_args=onto, partial_restore=True)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+      found = _by_path(handler.restore(_absolute(folder) / 'state', args=target))
+    return {path: found[path] for path in leaves}
+
+  found, damage = _attempt(read)
+  if not damage:
+    found = {path: _own(leaf) for path, leaf in found.items()}
+    damage = _differing_digest(described, found)
+  if damage:
+    raise ValueError(f'the checkpoint {folder} is damaged: {damage}; name another')
+  return jax.tree.unflatten(jax.tree.structure(abstract), found.values())
 
 
 def check_writable(directory):
@@ -296,6 +340,13 @@ def _digests(leaves):
   for path in on_host:
     digests[path] = _digest_by_slices(leaves[path])
   return {path: int(value) for path, value in jax.device_get(digests).items()}
+
+
+def _read_record(path):
+  record = json.loads((path / 'metadata' / 'metadata').read_text())
+  if record['crc32'] != _crc32(record['metadata'], record['leaves']):
+    raise ValueError('metadata does not match its checksum')
+  return record
 
 
 def _record(leaves, metadata):

@@ -26,7 +26,7 @@ import types
 
 from ml_collections import ConfigDict, config_dict
 
-from memjax import adapters, optimizers, ranges, schedules
+from memjax import adapters, optimizers, peft_folder, ranges, schedules
 from memjax.models.create import FAMILIES
 from memjax.models.remat import POLICIES
 from memjax.naming import nearest
@@ -46,8 +46,9 @@ def default() -> ConfigDict:
   """
   c = ConfigDict()
   c.model = 'llama_quickstart'  # A name in memjax.models.PRESETS.
-  # A Hugging Face folder or a .gguf file: model and parameters are its, whatever `model` is; and so
-  # is the tokenizer, unless data.tokenizer names one.
+  # A Hugging Face folder or a .gguf file, or a run of all weights, by its work directory (whose
+  # newest checkpoint it is) or as WORKDIR/checkpoints/STEP: model and parameters are its, whatever
+  # `model` is; and so is the tokenizer, unless data.tokenizer names one.
   c.load = ''
   c.model_args = _model_args()  # Fields of the model to change; None is the model's own.
   c.model_args.loss_chunk = 1024
@@ -97,7 +98,10 @@ def default() -> ConfigDict:
 
   c.task = _task()
   c.optimizer = optimizer('adamw', learning_rate=1e-3)
-  c.adapter = adapter('none')  # Or 'lora' and its kin: trains factors in place of matrices.
+  # Or 'lora' and its kin: trains factors in place of matrices. adapter.load=FOLDER goes on with a
+  # LoRA or DoRA of peft: its name, rank, alpha and targets are the folder's, other fields are read
+  # here. adapter.export=True leaves WORKDIR/adapter-STEP, such a folder.
+  c.adapter = adapter('none')
   c.layer_scale = 1.0  # Of the learning rate, for the layers' matrices; embedding and head have 1.
   c.schedule = ConfigDict(
     dict(name='cosine', warmup_ratio=0.1, final_ratio=0.1)
@@ -115,7 +119,8 @@ def default() -> ConfigDict:
   # forward passes of step='zeroth_order', and holds all parameters.
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sides=1))
   c.cpu_devices = 0  # Virtual devices where there is no accelerator; 0 leaves JAX its choice.
-  c.export = False  # Whether the end leaves WORKDIR/model-STEP, a folder that transformers loads.
+  # Whether the end leaves WORKDIR/model-STEP, a folder that transformers loads, adapters merged.
+  c.export = False
   c.sample = ConfigDict(dict(prompt='def ', tokens=64, temperature=0.8))  # After text, not tasks.
   return c.lock()
 
@@ -268,6 +273,7 @@ def validate(c: ConfigDict) -> None:
   _check_named('optimizer', c.optimizer.to_dict(), every, optimizers.arguments)
   _check_named('adapter', c.adapter.to_dict(), adapters.ADAPTERS, adapters.arguments)
   ranges.check(c)
+  peft_folder.check(c)
   _check_step(c)
   _check_zeroth_order(c)
   _check_sides(c)
@@ -293,7 +299,7 @@ def _check_step(c: ConfigDict) -> None:
       "config.weights='int8' loses every update under half a step of 8 bits when it is rounded to "
       "nearest, which is most of them; set config.rounding='stochastic'"
     )
-  if c.weights == 'nf4' and c.adapter.name == 'none':
+  if c.weights == 'nf4' and not _is_adapted(c):
     raise ValueError(
       "config.weights='nf4' holds weights that stay as they are: 16 levels lie too far apart to be "
       "trained. Train beside them with config.adapter.name='lora', or set config.weights='int8'"
@@ -320,6 +326,10 @@ def _check_step(c: ConfigDict) -> None:
       f'config.remat is {c.remat!r}, but the layer-by-layer step keeps the input of a layer and '
       "nothing else, as 'full' does; set config.remat='full', or config.step='whole_tree'"
     )
+
+
+def _is_adapted(c: ConfigDict) -> bool:
+  return c.adapter.name != 'none' or bool(c.adapter.get('load'))
 
 
 def _check_groups(c: ConfigDict) -> None:
@@ -404,7 +414,7 @@ def _check_zeroth_order(c: ConfigDict) -> None:
       f'config.clip_norm is {c.clip_norm}, but the norm of an estimate is that of its noise; leave '
       'it at 0 and lower config.optimizer.learning_rate'
     )
-  if c.weights != 'dense' and c.step != 'streamed' and c.adapter.name == 'none':
+  if c.weights != 'dense' and c.step != 'streamed' and not _is_adapted(c):
     raise ValueError(f"config.step={c.step!r} goes with config.weights='dense' alone")
   if c.offload_state > 0:
     raise ValueError(f'config.step={c.step!r} goes with config.offload_state=0 alone')

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from memjax import config as config_lib
-from memjax import sharding
+from memjax import peft_folder, run_folder, sharding
 from memjax.models import huggingface
 from memjax.naming import fold_in_path, path_string
 
@@ -29,7 +29,8 @@ class Start(NamedTuple):
   """What a run's parameters are made from, where they are not drawn."""
 
   key: jax.Array  # Of what is drawn all the same, such as an adapter's factors.
-  params: Any  # As they were read: dense.
+  params: Any = None  # As they were read: dense; None draws them.
+  factors: Any = None  # Of a folder of adapters, by path; None begins with those drawn.
 
 
 def key_of(start: Any) -> jax.Array:
@@ -47,9 +48,10 @@ def starting(model: Any, store: Callable | None = None) -> Callable[[Any], Any]:
   """
 
   def init(start):
-    if isinstance(start, Start):
+    if isinstance(start, Start) and start.params is not None:
       return start.params if store is None else _stored(start.params, store)
-    return model.init(start) if store is None else model.init(start, store=store)
+    key = key_of(start)
+    return model.init(key) if store is None else model.init(key, store=store)
 
   return init
 
@@ -70,7 +72,9 @@ def _stored(params: Any, store: Callable) -> Any:
 def shapes(config: ConfigDict, model: Any) -> Any:
   """Returns what `starting` is called with, as shapes."""
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return Start(key, model.abstract()) if config.load else key
+  params = model.abstract() if config.load else None
+  factors = peft_folder.shapes(config, model)
+  return Start(key, params, factors) if config.load or factors else key
 
 
 def jit_init(
@@ -85,11 +89,11 @@ def jit_init(
 ) -> Callable[[jax.Array], Any]:
   """Returns a compiled function of a key that returns the training state.
 
-  Memory beside the state: nothing, since it owns what was read; where weights are stored in another
-  form, what was read until it is.
+  Memory beside the state: the factors of `adapter.load`, and of `load` nothing, since the state
+  owns what was read; where weights are stored in another form, what was read until it is.
 
   Args:
-    config: Read for `load`.
+    config: Read for `load` and `adapter.load`.
     model: Model.
     mesh: Mesh that its parameters are spread over.
     init: Function of a start that returns the state.
@@ -97,19 +101,24 @@ def jit_init(
     fields: Fields of a checkpoint's model, as `memjax.models.load` takes them.
     place: Changes the shardings of the parameters, such as `memjax.steps.streams.place`.
   """
-  if not config.load:
+  if not config.load and not config.adapter.get('load'):
     return jax.jit(init, out_shardings=shardings)
-  make = lambda params, key: init(Start(key, params))
+  make = lambda params, factors, key: init(Start(key, params, factors))
+  # Not the factors, which are small: bound for the host's memory, donating them aborts the process.
   make = jax.jit(make, donate_argnums=0, out_shardings=shardings)
   abstract = model.abstract()
   places = place(sharding.param_shardings(abstract, model.SHARDING, mesh), abstract)
 
   def read(key):
-    drawn = fold_in_path(key, 'drawn')
-    _, params = huggingface.load(config.load, shardings=places, key=drawn, **fields or {})
+    params, drawn = None, fold_in_path(key, 'drawn')
+    if config.load and (run := run_folder.find(config.load)):
+      params = run_folder.load(run, model, places)
+    elif config.load:
+      _, params = huggingface.load(config.load, shardings=places, key=drawn, **fields or {})
+    factors = peft_folder.read(config, model, mesh)
     with warnings.catch_warnings():  # What is stored in another form is freed all the same.
       warnings.filterwarnings('ignore', 'Some donated buffers were not usable')
-      return make(params, key)
+      return make(params, factors, key)
 
   return read
 
@@ -133,7 +142,7 @@ def export(
   # Process 0 may have finished before another looks.
   if not multihost_utils.broadcast_one_to_all(folder.exists()):
     source = pathlib.Path(config.load).expanduser()
-    like = source if config.load and source.exists() else None
+    like = source if config.load and source.exists() and not run_folder.find(source) else None
     # A task may have put its own loss around a decoder.
     huggingface.save(folder, getattr(model, 'decoder', model), params, like=like)
   return folder
@@ -143,11 +152,19 @@ def tokenizer(config: ConfigDict) -> str:
   """Returns the name of a run's tokenizer: the checkpoint's, unless the config names another.
 
   Raises:
-    ValueError: for a checkpoint without one.
+    ValueError: for a checkpoint without one, or whose tokenizer was trained on other text.
   """
   default = config_lib.default().data.tokenizer
   if not config.load or config.data.tokenizer != default:
     return config.data.tokenizer
+  if run := run_folder.find(config.load):
+    found, there = tokenizer(run.config), tuple(run.config.data.sources)
+    if found == 'bpe' and there != tuple(config.data.sources):
+      raise ValueError(
+        f'the tokenizer of {run.folder} was trained on config.data.sources={there}; set the same '
+        f'here, not {tuple(config.data.sources)}, or name its file as config.data.tokenizer'
+      )
+    return found
   path = pathlib.Path(config.load).expanduser()
   if path.is_file():
     return str(path)
@@ -176,7 +193,7 @@ def check_tokenizer(config: ConfigDict, opened: Any, vocab_size: int) -> None:
     ValueError: naming the tokenizer, the checkpoint's config and the field.
   """
   name = tokenizer(config)
-  if not config.load or name in ('bytes', 'bpe'):
+  if not config.load or name in ('bytes', 'bpe') or run_folder.find(config.load):
     return
   found = huggingface.read_config(config.load)
   ends = found.get('eos_token_id')

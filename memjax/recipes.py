@@ -203,5 +203,5 @@ def opt_zeroth_order(size: str, arg: str, step: str):
   c.model = 'opt_tiny' if arg.smoke else f'opt_{size}'
   c.step = step
   c.weights = arg.weights
-  c.optimizer = optimizer('mezo', learning_rate=1e-6, eps=1e-3, noise=arg.noise)
+  c.optimizer = optimizer('mezo', learning_rate=1e-6, eps=1e-3, noise=arg.noise, log_steps=c.steps)
   return c

@@ -14,6 +14,7 @@ MAY_CHANGE = (
   'mesh',
   'cpu_devices',
   'export',
+  'adapter.export',
   'sample',
   'task.test',
   'task.test_examples',

@@ -18,7 +18,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from memjax import build as build_lib
-from memjax import checkpoint, estimators, metrics, plan, pretrained, same_run, sharding, workdir
+from memjax import (
+  checkpoint,
+  estimators,
+  metrics,
+  peft_folder,
+  plan,
+  pretrained,
+  same_run,
+  sharding,
+  workdir,
+)
 from memjax import config as config_lib
 from memjax.evaluate import evaluate, place
 from memjax.models.decode import decode
@@ -37,8 +47,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
 
   Leaves in `directory`: `config.json`, `data.json`, `memory.json`, `metrics.jsonl` and TensorBoard
   events, `checkpoints/`, with `optimizer.log_steps` the `log.npz` that `memjax.replay_run` reads,
-  at the end `loss.png` and `sample.txt`, and with `config.export` a folder `model-STEP` that
-  `transformers` and `memjax.models.load` read.
+  at the end `loss.png` and `sample.txt`, with `config.export` a folder `model-STEP` that
+  `transformers` and `memjax.models.load` read, and with `config.adapter.export` a folder
+  `adapter-STEP` that `peft` reads.
 
   Args:
     config: See `memjax.config.default`.
@@ -58,11 +69,14 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     # ---- What is asked for, as shapes.
     config_lib.validate(config)
     use_cpu_devices(config.cpu_devices)
+    config = peft_folder.resolved(config, directory)
     mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
     parts = build_lib.build(config, mesh)
     primary = jax.process_index() == 0
     say = Console(quiet=not primary, highlight=False, soft_wrap=True).print
     say(describe(config, parts, mesh))
+    if config.adapter.get('load'):
+      say(peft_folder.describe(config))
     held.enter_context(workdir.lock(directory))
     notices = workdir.prepare(directory, config)
     dataset = load_data(config, parts.model)
@@ -158,6 +172,9 @@ def train(config: ConfigDict, directory, *, devices=None) -> dict:
     if finished == config.steps and config.export:
       params = parts.view(state['params'])
       say(f'Wrote {pretrained.export(config, parts.model, params, directory, finished)}')
+    if finished == config.steps and config.adapter.get('export'):
+      params = parts.view(state['params'])
+      say(f'Wrote {peft_folder.export(config, parts.model, params, directory, finished)}')
     if finished == config.steps and config.sample.tokens and not config.task.name:
       params = parts.view(state['params'])
       text = sample(config, parts.model, params, dataset.tokenizer)

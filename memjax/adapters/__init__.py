@@ -6,8 +6,9 @@ stands for a matrix, and what it does between updates is its `advance`, which gi
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-from memjax.adapters.attach import Spec, attach
+from memjax.adapters.attach import Spec, attach, chosen, with_factors
 from memjax.adapters.dora import DoRA
 from memjax.adapters.flat_lora import FlatLoRA
 from memjax.adapters.lora import LoRA
@@ -16,7 +17,7 @@ from memjax.adapters.merge import detach, fold, merge
 from memjax.adapters.noise import at_rest, with_keys
 from memjax.adapters.over_time import over_time
 from memjax.adapters.pc_lora import PCLoRA, compressed, distilled
-from memjax.adapters.peft import load_peft, save_peft
+from memjax.adapters.peft import check_peft, load_peft, open_peft, save_peft
 from memjax.adapters.products import load_products, save_products
 from memjax.adapters.rates import labels, lora_plus, optimizer_of
 from memjax.adapters.relora import ReLoRA, relora
@@ -41,6 +42,8 @@ __all__ = [
   'arguments',
   'at_rest',
   'attach',
+  'check_peft',
+  'chosen',
   'compressed',
   'detach',
   'distilled',
@@ -50,6 +53,7 @@ __all__ = [
   'load_products',
   'lora_plus',
   'merge',
+  'open_peft',
   'optimizer_of',
   'over_time',
   'ranks',
@@ -57,7 +61,9 @@ __all__ = [
   'replaced',
   'save_peft',
   'save_products',
+  'specification',
   'trainable',
+  'with_factors',
   'with_keys',
 ]
 
@@ -75,9 +81,19 @@ ADAPTERS = {
   'switchlora': SwitchLoRA,
 }
 
+# Beside the arguments of an adapter, whichever it is; see `memjax.peft_folder`.
+OF_RUN = {'load': '', 'export': False, 'leaves': {}}
+
 
 def arguments(name: str) -> dict:
   """Returns the arguments of an adapter that a config may hold, with their defaults."""
   fields = dataclasses.fields(ADAPTERS[name] or LoRA)
   known = {f.name: f.default for f in fields} | {'rank': 8}
-  return {k: known[k] for k in ('rank', 'alpha', 'targets', 'rest')} if name == 'none' else known
+  few = ('rank', 'alpha', 'targets', 'rest')
+  return (known if name != 'none' else {k: known[k] for k in few}) | OF_RUN
+
+
+def specification(name: str, fields: Mapping):
+  """Returns the specification of an adapter with those of its arguments that `fields` has."""
+  known = {f.name for f in dataclasses.fields(ADAPTERS[name])}
+  return ADAPTERS[name](**{k: v for k, v in ({'rank': 8} | dict(fields)).items() if k in known})

@@ -5,6 +5,7 @@ with factors of its own.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -27,7 +28,9 @@ class Spec(Protocol):
     """Returns the leaf that stands for a matrix `[m, n]` from now on, of the same value."""
 
 
-def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
+def attach(
+  params: Any, spec: Spec, key: jax.Array, leaves: Mapping[str, Spec] | None = None
+) -> Any:
   """Returns parameters in which chosen matrices are adapted and others frozen.
 
   The function that the parameters stand for is the same as before, and what is trained of it is
@@ -38,10 +41,12 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
     params: Tree of arrays; matrices `[m, n]` or stacked `[L, m, n]`.
     spec: What to adapt, and how.
     key: PRNG key; a leaf's factors have an address: its path, then the layer.
+    leaves: Path of a leaf -> its own specification, such as one of another rank, in place of
+      `spec.targets`.
 
   Raises:
-    ValueError: naming the leaf: for a pattern that matches none, a leaf that is no matrix, a rank
-      above a side, a leaf that is adapted or frozen already.
+    ValueError: naming the leaf: for a path or a pattern that matches none, a leaf that is no
+      matrix, a rank above a side, a leaf that is adapted or frozen already.
 
   >>> import jax
   >>> from memjax import adapters
@@ -52,18 +57,21 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
   """
   named = jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)
   named = {path_string(path): leaf for path, leaf in named}
-  chosen = _targets(named, spec)
-  for path in filter(chosen.__contains__, named):
-    _check(path, named[path], spec)
+  check_plain(named)
+  if unknown := [path for path in leaves or () if path not in named]:
+    raise ValueError(f'{unknown[0]} is no leaf to adapt; {nearest(unknown[0], named)}')
+  leaves = leaves or dict.fromkeys(chosen(named, spec.targets), spec)
+  for path in filter(leaves.__contains__, named):
+    _check(path, named[path], leaves[path])
     if hasattr(spec, 'check'):
-      spec.check(path, weights.whole(named[path]).shape[-2:])
+      leaves[path].check(path, weights.whole(named[path]).shape[-2:])
   if spec.rest and spec.rest != '.*' and not any(re.search(spec.rest, path) for path in named):
     raise ValueError(f'rest={spec.rest!r} matches no leaf; {nearest(spec.rest, named)}')
 
   def decide(path, leaf):
     path = path_string(path)
-    if path in chosen:
-      return _adapt(leaf, spec, fold_in_path(key, path))
+    if path in leaves:
+      return _adapt(leaf, leaves[path], fold_in_path(key, path))
     if not (spec.rest and re.search(spec.rest, path)):
       return weights.Frozen(leaf)
     if isinstance(leaf, weights.NF4):
@@ -76,21 +84,54 @@ def attach(params: Any, spec: Spec, key: jax.Array) -> Any:
   return jax.tree.map_with_path(decide, params, is_leaf=weights.is_weight)
 
 
-def _targets(named, spec) -> set[str]:
+def with_factors(params: Any, factors: Mapping[str, Mapping[str, Any]]) -> Any:
+  """Returns adapted parameters with other factors, in the dtype of those they had.
+
+  Args:
+    params: Parameters, by `attach`.
+    factors: Path of an adapted leaf -> its `a`, `b` and, of DoRA, `magnitude`.
+  """
+
+  def put(path, leaf):
+    new = dict(factors.get(path_string(path), {}))
+    if not new:
+      return leaf
+    inner = {part: new.pop(part) for part in ('a', 'b')}
+    new = inner if not hasattr(leaf, 'adapted') else {'adapted': inner, **new}
+    cast = jax.tree.map(lambda old, x: x.astype(old.dtype), weights.trained({'': leaf})[''], new)
+    return weights.replaced({'': leaf}, {'': cast})['']
+
+  return jax.tree.map_with_path(put, params, is_leaf=weights.is_weight)
+
+
+def check_plain(named: Mapping[str, Any]) -> None:
+  """Refuses leaves, by path, to which something is attached already."""
   for path, leaf in named.items():
     if isinstance(leaf, weights.Frozen) or getattr(leaf, 'TRAINED', ()):
       raise ValueError(
         f'{path} is a {type(leaf).__name__} leaf already; merge or detach what was attached before'
       )
-  if not spec.targets:
-    chosen = {path for path, leaf in named.items() if default_targets(path, weights.whole(leaf))}
+
+
+def chosen(named: Mapping[str, Any], targets: str) -> set[str]:
+  """Returns the paths of the matrices that a regular expression finds; '' the layers'.
+
+  Args:
+    named: Leaves by path.
+    targets: Searched in paths.
+
+  Raises:
+    ValueError: when it finds none, with the nearest path.
+  """
+  if not targets:
+    found = {path for path, leaf in named.items() if default_targets(path, weights.whole(leaf))}
   else:
     # Stacked norms and biases [L, n] have two axes, and are vectors all the same.
     matrices = {path for path in named if path.split('/')[-1] not in ('scale', 'bias')}
-    chosen = {path for path in matrices if re.search(spec.targets, path)}
-  if not chosen:
-    raise ValueError(f'targets={spec.targets!r} matches no matrix; {nearest(spec.targets, named)}')
-  return chosen
+    found = {path for path in matrices if re.search(targets, path)}
+  if not found:
+    raise ValueError(f'targets={targets!r} matches no matrix; {nearest(targets, named)}')
+  return found
 
 
 def _check(path, leaf, spec):

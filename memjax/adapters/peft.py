@@ -50,6 +50,50 @@ class Module(NamedTuple):
   layer: int | None  # None outside the blocks.
 
 
+class Leaf(NamedTuple):
+  """The adapter of one of our leaves, of all its layers."""
+
+  rank: int
+  alpha: float
+  owners: dict[int | None, tuple[str, Name]]  # Layer -> their linear map.
+
+
+class Folder(NamedTuple):
+  """A folder that was opened; factors are read when asked for."""
+
+  config: Config
+  tensors: SafeTensors
+  leaves: dict[str, Leaf]  # By path.
+
+  @property
+  def use_dora(self) -> bool:
+    """Whether columns have magnitudes."""
+    return bool(self.config.get('use_dora'))
+
+  @property
+  def use_rslora(self) -> bool:
+    """Whether the scale is `alpha / sqrt(rank)`."""
+    return bool(self.config.get('use_rslora'))
+
+  @property
+  def dtype(self) -> Any:
+    """Of the factors, the widest."""
+    return jnp.result_type(*{entry.dtype for entry in self.tensors.entries.values()})
+
+  def scale(self, path: str) -> float:
+    """What the product of a leaf's factors is multiplied by."""
+    rank, alpha, _ = self.leaves[path]
+    return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+  def read(self, path: str) -> dict[str, np.ndarray]:
+    """Returns `a`, `b` and perhaps `magnitude` of a leaf, its layers stacked."""
+    owners = self.leaves[path].owners
+    read = lambda layer: _read(self.tensors, *owners[layer], self.use_dora)
+    if None in owners:
+      return read(None)
+    return _stack([read(layer) for layer in sorted(owners)])
+
+
 def load_peft(
   folder: str | pathlib.Path, params: Any, model: Any, *, dropout: float = 0.0, rest: str = ''
 ) -> Any:
@@ -69,10 +113,24 @@ def load_peft(
     ValueError: naming the file and the field, tensor or leaf: for another kind of adapter, a tensor
       of another model, a target or layer that is missing, parameters that are adapted already.
   """
-  folder = pathlib.Path(folder).expanduser()
-  config, tensors = _open(folder)
-  use_dora = bool(config.get('use_dora'))
-  found = _modules(tensors, use_dora)
+  found = open_peft(folder, params, model)
+
+  def adapt(path, leaf):
+    path = path_string(path)
+    if path not in found.leaves:
+      return leaf if rest and re.search(rest, path) else weights.Frozen(leaf)
+    return _leaf(leaf, found, path, dropout)
+
+  return jax.tree.map_with_path(adapt, params, is_leaf=weights.is_weight)
+
+
+def open_peft(folder: str | pathlib.Path, params: Any, model: Any) -> Folder:
+  """Returns what a folder adapts of a model, each leaf of it checked; no factor is read.
+
+  Args and errors are those of `load_peft`; parameters may be shapes.
+  """
+  config, tensors = _open(pathlib.Path(folder).expanduser())
+  found = _modules(tensors, bool(config.get('use_dora')))
   table = _table(families.of_model(model), model, found)
   _check_targets(config, found)
   if unknown := [module for module in found if module not in table]:
@@ -84,18 +142,16 @@ def load_peft(
   for module in found:
     for each in table[module]:
       owners[each.name.path][each.layer] = (module, each.name)
-
-  def adapt(path, leaf):
+  leaves = {}
+  for path, leaf in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
     path = path_string(path)
     if weights.is_weight(leaf) and hasattr(leaf, 'TRAINED') and not isinstance(leaf, weights.NF4):
       raise ValueError(
         f'{path} is a {type(leaf).__name__} leaf already; merge or detach what was attached before'
       )
-    if path not in owners:
-      return leaf if rest and re.search(rest, path) else weights.Frozen(leaf)
-    return _leaf(path, leaf, owners[path], config, tensors, dropout, use_dora)
-
-  return jax.tree.map_with_path(adapt, params, is_leaf=weights.is_weight)
+    if path in owners:
+      leaves[path] = _describe(path, weights.whole(leaf).shape, owners[path], config, tensors)
+  return Folder(config, tensors, leaves)
 
 
 def save_peft(
@@ -116,17 +172,8 @@ def save_peft(
   Raises:
     ValueError: naming the leaf that this form cannot hold.
   """
-  leaves = jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)
-  leaves = {path_string(path): leaf for path, leaf in leaves}
   family = families.of_model(model)
-  adapted = {path: _plain(path, leaf) for path, leaf in leaves.items()}
-  adapted = {path: leaf for path, leaf in adapted.items() if leaf is not None}
-  if not adapted:
-    raise ValueError('nothing is adapted; attach adapters before they are saved')
-  table = _table(family, model)
-  linear = {owner.name.path for owners in table.values() for owner in owners}
-  if missing := sorted(set(adapted) - linear):
-    raise ValueError(f'{missing[0]} is adapted, but is no linear map in the Hugging Face model')
+  table, adapted = check_peft(params, model)
   tensors, ranks, alphas = {}, {}, {}
   for module, owners in table.items():
     for owner in owners:
@@ -134,14 +181,42 @@ def save_peft(
         inner, magnitude = adapted[owner.name.path]
         ranks[module], alphas[module] = inner.b.shape[-2], inner.scale * inner.b.shape[-2]
         tensors |= _tensors(module, owner, inner, magnitude)
-  kinds = {magnitude is not None for _, magnitude in adapted.values()}
-  if len(kinds) > 1:
-    raise ValueError('some leaves are adapted by DoRA and others not; peft has all or none')
+  use_dora = any(magnitude is not None for _, magnitude in adapted.values())
   dropout = max(inner.dropout for inner, _ in adapted.values())
-  config = _config(family, table, ranks, alphas, kinds.pop(), dropout, base)
+  config = _config(family, table, ranks, alphas, use_dora, dropout, base)
   if jax.process_index() == 0:
     _write(pathlib.Path(folder).expanduser(), config, tensors)
   multihost_utils.sync_global_devices(f'save {folder}')
+
+
+def check_peft(params: Any, model: Any) -> tuple[dict[str, list[Module]], dict[str, tuple]]:
+  """Checks that `save_peft` can write these parameters, which may be shapes.
+
+  Returns:
+    Their linear maps with our leaves, and the LoRA and magnitudes, if any, of each adapted leaf.
+
+  Raises:
+    ValueError: naming the leaf that this form cannot hold.
+  """
+  leaves = jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)
+  adapted = {path_string(path): _plain(path_string(path), leaf) for path, leaf in leaves}
+  adapted = {path: parts for path, parts in adapted.items() if parts is not None}
+  if not adapted:
+    raise ValueError('nothing is adapted; attach adapters before they are saved')
+  table = _table(families.of_model(model), model)
+  owners = {owner.name.path: (module, owner) for module in table for owner in table[module]}
+  if missing := sorted(set(adapted) - set(owners)):
+    raise ValueError(f'{missing[0]} is adapted, but is no linear map in the Hugging Face model')
+  for path in adapted:
+    module, owner = owners[path]
+    if owner.name.rule.stop is not None:
+      raise ValueError(
+        f'{path} is part of {module!r} in the Hugging Face model, which has one adapter for all '
+        'its parts; merge, and save the model'
+      )
+  if len({magnitude is None for _, magnitude in adapted.values()}) > 1:
+    raise ValueError('some leaves are adapted by DoRA and others not; peft has all or none')
+  return table, adapted
 
 
 def _open(folder: pathlib.Path) -> tuple[Config, SafeTensors]:
@@ -184,6 +259,9 @@ def _modules(tensors: SafeTensors, use_dora: bool) -> dict[str, dict[str, str]]:
     suffix = next((suffix for suffix in PARTS if key.endswith(f'.{suffix}')), None)
     if suffix is None or not key.startswith(PREFIX):
       raise ValueError(f'{tensors.path}: tensor {key!r} is no part of a LoRA; it is not read here')
+    entry = tensors.entries[key]
+    if entry.dtype is None or len(entry.shape) != (1 if 'magnitude' in suffix else 2):
+      raise ValueError(f'{tensors.path}: tensor {key!r} is no factor of a linear map')
     found[key[len(PREFIX) : -len(suffix) - 1]][PARTS[suffix]] = key
   wanted = {'a', 'b', 'magnitude'} if use_dora else {'a', 'b'}
   for module, parts in found.items():
@@ -219,58 +297,72 @@ def _check_targets(config: Config, found: dict) -> None:
       )
 
 
-def _leaf(path, leaf, owners, config, tensors, dropout, use_dora):
-  """The adapted leaf of a matrix or a stack, of the modules that `owners` has by layer."""
-  shape = weights.whole(leaf).shape
+def _describe(path, shape, owners, config, tensors) -> Leaf:
+  """The adapter of a matrix or a stack, of the modules that `owners` has by layer."""
   layers = range(shape[0]) if len(shape) == 3 else [None]
   if absent := [layer for layer in layers if layer not in owners]:
     raise ValueError(
       f'{tensors.path}: {path} is adapted in some layers, but not in layer {absent[0]}; layers are '
       'stacked here, and all have an adapter or none has'
     )
-  read = [_read(path, shape[-2:], *owners[layer], config, tensors) for layer in layers]
-  kinds = {(part['a'].shape, part['scale']) for part in read}
+  kinds = {_describe_layer(path, shape[-2:], *owners[i], config, tensors) for i in layers}
   if len(kinds) > 1:
     raise ValueError(
       f'{tensors.path}: {path} has ranks or scales that differ from layer to layer; layers are '
       'stacked here, and have one of each'
     )
-  join = lambda name: jnp.asarray(
-    np.stack([part[name] for part in read]) if len(shape) == 3 else read[0][name]
-  )
-  batch = shape[:-2]
-  key = jnp.zeros((*batch, 2), jnp.uint32) if dropout else None
-  adapted = weights.Adapted(leaf, join('a'), join('b'), key, read[0]['scale'], dropout)
-  if use_dora:
-    squares = jax.jit(lambda w: jax.lax.map(column_squares, w) if batch else column_squares(w))
-    adapted = weights.DoRA(adapted, join('magnitude').astype(jnp.float32), squares(leaf))
-  return _placed(adapted, leaf)
+  return Leaf(*kinds.pop(), dict(owners))
 
 
-def _read(path, shape, module, name: Name, config, tensors) -> dict[str, Any]:
-  """One layer's factors, as ours lie, and their scale."""
-  whole = slice(None)
-  fetch = lambda suffix, axes: tensors.read(f'{PREFIX}{module}.{suffix}', (whole,) * axes)
-  a, b = fetch('lora_A.weight', 2).T, fetch('lora_B.weight', 2).T
-  parts = {'a': a, 'b': b}
-  if config.get('use_dora'):
-    parts['magnitude'] = fetch('lora_magnitude_vector', 1)
-  if name.rule.stop is not None:  # Their outputs are ours side by side, of one `x A`.
-    own = slice(name.rule.start, name.rule.stop)
-    parts |= {part: parts[part][..., own] for part in ('b', 'magnitude') if part in parts}
-  if (a.shape[0], parts['b'].shape[1]) != shape:
+def _describe_layer(path, shape, module, name: Name, config, tensors) -> tuple[int, float]:
+  """One layer's rank and alpha, its tensors having the shapes that go with them."""
+  entry = lambda suffix: tensors.entries[f'{PREFIX}{module}.{suffix}']
+  a, b = (entry(f'lora_{letter}.weight').shape for letter in 'AB')
+  outputs = range(b[0])[_own(name)]  # Their outputs are ours side by side, of one `x A`.
+  if (a[1], len(outputs)) != shape:
     raise ValueError(
       f'{tensors.path}: {path} is {list(shape)}, but its adapter {module!r} is one of '
-      f'{[a.shape[0], parts["b"].shape[1]]}: an adapter of another model'
+      f'{[a[1], len(outputs)]}: an adapter of another model'
     )
   rank = _pattern(config.get('rank_pattern'), module, config['r'])
-  if {a.shape[1], b.shape[0]} != {rank}:
+  if {a[0], b[1]} != {rank}:
     raise ValueError(
-      f'{tensors.path}: the factors of {module!r} have ranks {a.shape[1]} and {b.shape[0]}, where '
-      f'{CONFIG} says {rank}'
+      f'{tensors.path}: the factors of {module!r} have ranks {a[0]} and {b[1]}, where {CONFIG} '
+      f'says {rank}'
     )
-  alpha = _pattern(config.get('alpha_pattern'), module, config['lora_alpha'])
-  return parts | {'scale': alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)}
+  return rank, _pattern(config.get('alpha_pattern'), module, config['lora_alpha'])
+
+
+def _own(name: Name) -> slice:
+  """Our part of their outputs."""
+  return slice(name.rule.start, name.rule.stop) if name.rule.stop is not None else slice(None)
+
+
+def _read(tensors, module, name: Name, use_dora) -> dict[str, np.ndarray]:
+  """One layer's factors, as ours lie."""
+  whole = slice(None)
+  fetch = lambda suffix, *index: tensors.read(f'{PREFIX}{module}.{suffix}', index)
+  parts = {'a': fetch('lora_A.weight', whole, whole).T}
+  parts['b'] = fetch('lora_B.weight', _own(name), whole).T
+  if use_dora:
+    parts['magnitude'] = fetch('lora_magnitude_vector', _own(name)).astype(np.float32)
+  return parts
+
+
+def _stack(layers):
+  return {part: np.stack([layer[part] for layer in layers]) for part in layers[0]}
+
+
+def _leaf(leaf, found, path, dropout):
+  """The adapted leaf of a matrix or a stack."""
+  parts = jax.tree.map(jnp.asarray, found.read(path))
+  batch = parts['a'].shape[:-2]
+  key = jnp.zeros((*batch, 2), jnp.uint32) if dropout else None
+  adapted = weights.Adapted(leaf, parts['a'], parts['b'], key, found.scale(path), dropout)
+  if found.use_dora:
+    squares = jax.jit(lambda w: jax.lax.map(column_squares, w) if batch else column_squares(w))
+    adapted = weights.DoRA(adapted, parts['magnitude'], squares(leaf))
+  return _placed(adapted, leaf)
 
 
 def _pattern(patterns: dict | None, module: str, default: Any) -> Any:
@@ -292,6 +384,7 @@ def _placed(adapted, base):
 
 def _plain(path, leaf):
   """Returns a LoRA and perhaps magnitudes; None for a frozen leaf."""
+  leaf = leaf.value if isinstance(leaf, weights.Offloaded) else leaf
   if isinstance(leaf, weights.Frozen):
     return None
   if isinstance(leaf, weights.DoRA):
@@ -314,11 +407,6 @@ def _plain(path, leaf):
 
 def _tensors(module, owner, inner, magnitude) -> dict[str, np.ndarray]:
   """One module's tensors by key."""
-  if owner.name.rule.stop is not None:
-    raise ValueError(
-      f'{owner.name.path} is part of {module!r} in the Hugging Face model, which has one adapter '
-      'for all its parts; merge, and save the model'
-    )
   parts = dict(a=fetch(inner.a, owner.layer).T, b=fetch(inner.b, owner.layer).T)
   if magnitude is not None:
     parts['magnitude'] = fetch(magnitude, owner.layer)
@@ -330,7 +418,9 @@ def fetch(stack: jax.Array, layer: int | None = None) -> np.ndarray:
   """Returns an array, or one layer of it, in host memory, gathered over processes."""
   if not stack.is_fully_addressable:
     stack = multihost_utils.process_allgather(stack, tiled=True)
-  return np.asarray(stack) if layer is None else np.asarray(stack[layer])
+  if layer is None or stack.sharding.memory_kind == 'pinned_host':
+    return np.asarray(stack)[... if layer is None else layer]
+  return np.asarray(stack[layer])
 
 
 def _config(family, table, ranks, alphas, use_dora, dropout, base) -> dict[str, Any]:

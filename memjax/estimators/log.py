@@ -4,6 +4,7 @@ Shapes in this file: `K` steps, `n` directions, `G` groups.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +101,13 @@ def observed(old: Any, new: Any) -> Any:
   return jax.tree.map(take, old, new, is_leaf=lambda x: is_state(x) or isinstance(x, Log))
 
 
+def begun(state: Any, start: Callable[[], jax.Array]) -> Any:
+  """Returns an optax state whose log, if it keeps one, has the fingerprint that `start` returns."""
+  is_log = lambda x: isinstance(x, Log)
+  begin = lambda x: x._replace(start=start()) if is_log(x) else x
+  return jax.tree.map(begin, state, is_leaf=is_log)
+
+
 def find_log(state: Any) -> Log:
   """Returns the log in an optax state.
 
@@ -136,6 +144,13 @@ def fingerprint(params: Any) -> jax.Array:
   """
   # Of what is kept: else a GPU holds weights that are made here in f32 too, for these sums.
   return _sum_over_leaves(_leaf_fingerprint, lax.optimization_barrier(params))
+
+
+def layer_fingerprint(params: Any, index: jax.Array) -> jax.Array:
+  """Returns 32 bits, u32[], of one layer `[1, ...]` of stacked leaves. Over all layers they add up
+  to the `fingerprint` of the whole leaves.
+  """
+  return _sum_over_leaves(lambda key, leaf: _sum_of_hashes(key, leaf[0], index), params)
 
 
 def row_fingerprint(params: Any) -> jax.Array:

@@ -61,9 +61,10 @@ def replay(
   state = _start(optimizer, params, opt)
   first = int(find(state['opt']).count)
   count = int(log.count) if steps is None else steps
-  _check_rows(log, find_log(state['opt']), first, count)
+  check_rows(log, find_log(state['opt']), first, count)
   if exact:
-    _check_start(log, params, opt)
+    start = int(jax.jit(fingerprint)(params)) if opt is None else find_log(opt).start
+    check_start(log, start, find_log(state['opt']), first)
   optimizer = optax.with_extra_args_support(optimizer)
   advance = make_apply(optimizer, rounding_key)
 
@@ -75,16 +76,7 @@ def replay(
   again = jax.jit(again, donate_argnums=0)
   for row in range(first, count):
     state, (seen, rate) = again(state, log.slopes[row])
-    if exact and seen != log.rows[row]:
-      raise ValueError(
-        f'the weights before step {row} are not those of the run; give the optimizer its seed, '
-        'noise and options, and its rounding_key; or set exact=False on another kind of device'
-      )
-    if rate != log.learning_rate[row]:
-      raise ValueError(
-        f'step {row} of the log had learning rate {float(log.learning_rate[row])}, this optimizer '
-        f'has {float(rate)}; make it with the learning rate of the run'
-      )
+    check_step(log, row, seen if exact else None, rate)
   return state['params']
 
 
@@ -95,8 +87,8 @@ def _start(optimizer, params, opt):
   return jax.tree.map(jnp.copy, state)
 
 
-def _check_rows(log, own, first, count):
-  """That the log has the steps, and the optimizer room for them."""
+def check_rows(log: Log, own: Log, first: int, count: int) -> None:
+  """That the log has the steps from `first` to `count`, and the optimizer's own room for them."""
   if not first <= count <= int(log.count):
     raise ValueError(
       f'steps is {count}, but the replay begins after step {first} and the log ends after step '
@@ -115,20 +107,33 @@ def _check_rows(log, own, first, count):
     )
 
 
-def _check_start(log, params, opt):
-  if opt is None:
-    found = int(jax.jit(fingerprint)(params))
-    if found != int(log.start):
-      raise ValueError(
-        'the log does not belong to these weights: it began with fingerprint '
-        f'{int(log.start):08x}, theirs is {found:08x}; replay from the weights that the run began '
-        'with'
-      )
-    return
-  own, first = find_log(opt), int(find(opt).count)
-  same = np.array_equal(own.slopes[:first], log.slopes[:first], equal_nan=True)
-  if own.start != log.start or not same:
+def check_start(log: Log, start, own: Log, first: int) -> None:
+  """That a log is of a run: from the fingerprint of the weights that it began with, and its own log
+  of its `first` steps.
+  """
+  if start != log.start:
+    raise ValueError(
+      f'the log does not belong to these weights: it began with fingerprint {int(log.start):08x}, '
+      f'theirs is {int(start):08x}; replay from the weights that the run began with'
+    )
+  if not np.array_equal(own.slopes[:first], log.slopes[:first], equal_nan=True):
     raise ValueError(
       f'the log does not belong to this optimizer state: their first {first} steps differ; take a '
       'checkpoint of the run that the log is of'
+    )
+
+
+def check_step(log: Log, row: int, seen, rate) -> None:
+  """That a step is that of the log, by the fingerprint of rows before it, if there is one, and by
+  its learning rate.
+  """
+  if seen is not None and seen != log.rows[row]:
+    raise ValueError(
+      f'the weights before step {row} are not those of the run; give the optimizer its seed, '
+      'noise and options, and its rounding_key; or set exact=False on another kind of device'
+    )
+  if rate != log.learning_rate[row]:
+    raise ValueError(
+      f'step {row} of the log had learning rate {float(log.learning_rate[row])}, this optimizer '
+      f'has {float(rate)}; make it with the learning rate of the run'
     )

@@ -22,7 +22,7 @@ from jax import lax
 from memjax import transforms, weights
 from memjax.estimators.estimator import Directions, find, is_state
 from memjax.estimators.leaves import describe, group_scales
-from memjax.estimators.log import Log
+from memjax.estimators.log import begun
 from memjax.steps import diagnostics, lockstep, slices, streams
 from memjax.steps.slices import STACK
 from memjax.steps.zeroth_order import measure
@@ -57,13 +57,14 @@ def init_state(init_params: Callable, method: Method, key: jax.Array) -> State:
     key: PRNG key of the parameters.
 
   Raises:
-    ValueError: for a transform that keeps state for each weight, or a log.
+    ValueError: for a transform that keeps state for each weight.
   """
   params = init_params(key)
   # Their values are asked for by nothing, and whole stacks are never on the device.
   blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _shapes(params))
   inner = method.transform.init(blank)
   _check(method, inner, blank)
+  inner = begun(inner, lambda: streams.fingerprint(params))
   opt = Delayed(jnp.zeros((), bool), inner)
   return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': opt}
 
@@ -103,7 +104,9 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
     blocks, where = state['params'][STACK], shardings and shardings['params'][STACK]
     outputs, blocks = _through_blocks(model.block, blocks, inputs, change, see, where)
     values = _losses(model, views, outputs, batch)
-    inner = _measured(method, rest, inner, values, see.factor())
+    # The log is of the weights that were perturbed, of all of them.
+    shown = {**rest, STACK: streams.first_rows(blocks, where, values)}
+    inner = _measured(method, shown, inner, values, see.factor())
     found = find(inner)
     opt = Delayed(jnp.ones((), bool), inner)
     new = {'step': state['step'] + 1, 'params': {**rest, STACK: blocks}, 'opt': opt}
@@ -144,6 +147,30 @@ def make_flush(method: Method, *, shardings: dict | None = None):
     return {**state, 'params': params, 'opt': Delayed(jnp.zeros((), bool), inner)}
 
   return flush
+
+
+def again(method: Method, state: State, part: dict, slopes: jax.Array, index=None):
+  """Makes an update of some of the parameters again, from slopes that are known.
+
+  Args:
+    method: As in the run; of its estimator, the transform alone is read.
+    state: `step` and `opt` before the update, and `params`, which may be shapes.
+    part: `{path: leaf}`: one layer `[1, ...]` of leaves of the blocks, by their whole paths; or
+      parameters outside them.
+    slopes: f32[1, 1], NaN for a step that was skipped.
+    index: i32[], the layer; None outside the blocks.
+
+  Returns:
+    The part after the update, and the optimizer state, whose log has noted the step: with a
+    fingerprint of this part alone.
+  """
+  inner = _noted(method, part, state['opt'].inner, slopes)
+  # What is read of the part is read before it changes, or all of it would be copied.
+  part, inner = lax.optimization_barrier((part, inner))
+  opt = Delayed(jnp.ones((), bool), inner)
+  change = _Change(method, {**state, 'step': state['step'] + 1, 'opt': opt})
+  part, inner = change._apply(part, index)
+  return part, Delayed(jnp.zeros((), bool), inner)
 
 
 def _trained_rows(params):
@@ -282,15 +309,22 @@ def _losses(model, views, outputs, batch):
   return jnp.stack(values)
 
 
-def _measured(method, rest, inner, values, factor):
+def _measured(method, params, inner, values, factor):
   """The optimizer state after a measurement; what it is made of are numbers."""
   slope = (values[0] - values[1]) / (2 * method.eps) * factor
   value = jnp.mean(values)
   note = lambda s: s._replace(value=jnp.where(jnp.isfinite(value), value, s.value))
   inner = jax.tree.map(lambda s: note(s) if is_state(s) else s, inner, is_leaf=is_state)
-  rest = weights.dense(weights.trained(rest))
-  state = {'params': rest, 'opt': _restrict(inner, rest)}
-  return _restore(measure(method.transform, state, slopes=slope[None, None]), inner)
+  return _noted(method, params, inner, slope[None, None])
+
+
+def _noted(method, params, inner, slopes):
+  """The optimizer state with the slopes of a step, which the log notes; with them goes a
+  fingerprint of the parameters' first rows, all that is read of them.
+  """
+  params = weights.dense(weights.trained(params))
+  state = {'params': params, 'opt': _restrict(inner, params)}
+  return _restore(measure(method.transform, state, slopes=slopes), inner)
 
 
 def _restrict(inner, params):
@@ -329,11 +363,6 @@ def _check(method, inner, params):
     raise ValueError(
       f'the optimizer keeps state for {owners[0]}, but a streamed step keeps none for the weights '
       "that it streams; use plain descent, or step='zeroth_order' on a larger device"
-    )
-  if any(isinstance(x, Log) for x in jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, Log))):
-    raise ValueError(
-      'the optimizer keeps a log, which begins with a look at all weights; a streamed run keeps '
-      'none: set log_steps=0'
     )
   if found.slopes.size != 1:
     raise ValueError(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax import weights
+from memjax.estimators import log
 from memjax.naming import path_string
 from memjax.steps import offload, slices
 
@@ -39,6 +40,11 @@ def to_host(tree: Any) -> Any:
   loop stacks them.
   """
   return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
+
+
+def to_device(tree: Any) -> Any:
+  """Returns arrays on the device, under `jit`, laid out over a mesh as they were."""
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
 def flatten(tree: Any) -> dict:
@@ -73,6 +79,49 @@ def put(leaf: Any, new: Any, sharding: Any, index: jax.Array) -> Any:
   if sharding is not None:
     new = jax.tree.map(offload.store, new, weights.trained(sharding))
   return weights.replaced(leaf, slices.put(old, new, index))
+
+
+def fingerprint(params: dict) -> jax.Array:
+  """Returns `memjax.estimators.log.fingerprint` of what is trained, under `jit`, in one pass over
+  the blocks: one matrix of one layer at a time visits the device.
+  """
+  stacks = flatten(params[slices.STACK])
+
+  def body(index, total):
+    for path, leaf in stacks.items():
+      layer = {f'{slices.STACK}/{path}': to_device(slices.take(leaf, index))}
+      total += log.layer_fingerprint(_dense(layer), index)
+      # One after the other: the next is fetched when this one is gone.
+      total, index = lax.optimization_barrier((total, index))
+    return total
+
+  rest = {k: v for k, v in params.items() if k != slices.STACK}
+  layers = slices.count_layers(params)
+  return lax.fori_loop(0, layers, body, log.fingerprint(_dense(rest)))
+
+
+def first_rows(tree: Any, shardings: Any, after: jax.Array) -> dict:
+  """Returns the first layer of what is trained of stacked leaves, as arrays on the device: of a
+  matrix `[L, m, n]` its first row alone, `[1, 1, n]`.
+
+  A TPU fetches no less than the matrix: a layer moves to the device, one matrix at a time.
+
+  Args:
+    tree: Stacked leaves.
+    shardings: Of these, or None.
+    after: What there is before the first is fetched.
+  """
+  rows, where = {}, places(tree, shardings)
+  for path, leaf in flatten(tree).items():
+    leaf, _ = lax.optimization_barrier((leaf, after))
+    layer = _dense({path: take(leaf, where[path], jnp.int32(0))})
+    rows |= jax.tree.map(lambda x: x[:, :1] if x.ndim > 2 else x, layer)
+    after = jax.tree.leaves(rows)
+  return rows
+
+
+def _dense(params):
+  return weights.dense(weights.trained(params))
 
 
 def order_of_use(block: Callable, layer: dict, x: jax.Array) -> list[str]:

@@ -95,8 +95,8 @@ def decays(params):
 
 
 def optimizer(**options):
-  options = dict(noise=CHEAP, seed=SEED, form='weights') | options
-  return methods.mezo(rate, EPS, weight_decay=DECAY, mask=decays, **options)
+  options = dict(learning_rate=rate, noise=CHEAP, seed=SEED, form='weights') | options
+  return methods.mezo(eps=EPS, weight_decay=DECAY, mask=decays, **options)
 
 
 def method_of(rounding=None, transform=None):
@@ -331,7 +331,6 @@ def test_what_would_have_to_be_streamed_beside_the_weights_is_refused():
   cases = {
     r'keeps state for .*kernel.*zeroth_order': optimizer(momentum=0.9),
     'one direction, all parameters': optimizer(samples=2),
-    'keeps a log': optimizer(log_steps=9),
     '0 estimators': optax.sgd(0.1),
   }
   for words, transform in cases.items():
