@@ -75,18 +75,24 @@ def test_a_streamed_run_stopped_before_an_update_is_applied_goes_on_with_the_sam
 
 
 @pytest.mark.slow
-def test_a_config_and_a_log_are_the_run(tmp_path):
-  """16 bits, rounded stochastically; without a checkpoint."""
-  c = smoke('mezo_opt13b')
-  c.optimizer.update(dict(log_steps=2, learning_rate=1e-3))
-  assert (c.param_dtype, c.rounding) == ('bfloat16', 'stochastic')
+@pytest.mark.parametrize('name', ['mezo_opt13b', 'zo2_opt13b'])
+def test_a_config_and_a_log_are_the_run(name, tmp_path):
+  """16 bits, rounded stochastically; without a checkpoint. By either step, whose logs are one."""
+  c = smoke(name)
+  c.optimizer.learning_rate = 1e-3
+  assert (c.param_dtype, c.rounding, c.optimizer.log_steps) == ('bfloat16', 'stochastic', 4)
   params = run(c, tmp_path / 'run')['state']['params']
-  for name in ('config.json', 'log.npz'):
-    shutil.copy(tmp_path / 'run' / name, tmp_path)
-  again = memjax.replay_run(tmp_path, devices=jax.devices()[:1])
-  assert_same_bits(again, params)
-  begin = memjax.replay_run(tmp_path, steps=0, devices=jax.devices()[:1])
-  changed = jax.tree.map(lambda x, y: bool((x != y).any()), begin, params)
+  shutil.copy(tmp_path / 'run/log.npz', tmp_path)
+  replayed = lambda **options: memjax.replay_run(tmp_path, devices=jax.devices()[:1], **options)
+  for step in ('zeroth_order', 'streamed'):
+    c.step = step
+    (tmp_path / 'config.json').write_text(c.to_json())
+    again = replayed()
+    assert_same_bits(again, params)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(again)}
+    assert kinds == ({'device', 'pinned_host'} if step == 'streamed' else {'device'})
+  begin = replayed(steps=0)
+  changed = jax.tree.map(lambda x, y: bool((x != y).any()), *jax.device_get((begin, params)))
   assert any(jax.tree.leaves(changed))
 
 
