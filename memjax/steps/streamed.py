@@ -8,7 +8,8 @@ it receives the update of the step before, is seen perturbed one way and the oth
 So every update is applied one step late, and until then it is the few numbers that the estimator
 keeps: the parameters in the training state are those before it. `make_flush` applies it; whoever
 reads the parameters for another purpose than the next step flushes first, which changes none of the
-steps to come.
+steps to come. A log has a step as soon as it is measured: flushed, the parameters are those after
+the log's last step.
 """
 
 from collections.abc import Callable
@@ -80,7 +81,9 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
   Memory of the device: embedding, head, norms and biases; of the blocks two matrices as they are
   stored, one after its update and one perturbed; the activations of two forward passes of one
   block. Memory of the host: the blocks' matrices, updated in place. Moves each of them to the
-  device and back once a step. Communicates, on a mesh, what two forward passes do.
+  device and back once a step; with a log, those of the first layer to the device once more. The log
+  is that of `memjax.steps.zeroth_order`, see `memjax.steps.replay_streamed`. Communicates, on a
+  mesh, what two forward passes do.
 
   Args:
     model: Has `embed`, `block` and `head_loss`, as `memjax.models.OPT`, and asks its leaves through
