@@ -56,7 +56,7 @@ def replay(
   params = state['params']
   rest = {name: leaf for name, leaf in params.items() if name != STACK}
   rest, made = advance(rest, log.slopes)
-  blocks, rows = walk(params[STACK], log.slopes, 0, 1)
+  blocks, rows = walk(params[STACK], log.slopes, 0, 1)  # All that the log knows of the blocks.
   _check_steps(log, made, rows, first, count, exact)
   blocks, _ = walk(blocks, log.slopes, 1, slices.count_layers(params))
   return {**rest, STACK: blocks}
@@ -90,7 +90,7 @@ def _programs(method, state, shardings, first, count):
         part = {name: streams.take(stacks[path], place, index)}
         part, made = updated(part, slopes, index)
         stacks[path] = streams.put(stacks[path], part[name], place, index)
-        rows += jnp.where(index == 0, made.rows, 0)  # The log knows no other layer's.
+        rows += made.rows
         # One after the other: the next is fetched when this one is gone.
         stacks, rows, index = lax.optimization_barrier((stacks, rows, index))
       return stacks, rows
