@@ -96,7 +96,10 @@ def going_on(data, folder, **fields):
   return c
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  'kind',
+  [k if k in ('lora', 'dora') else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_a_run_goes_on_from_the_factors_that_another_left(kind, data, folders):
   folder, trained = folders(kind)
   c = going_on(data, folder)
@@ -163,8 +166,14 @@ def test_a_resumed_run_does_not_need_the_folder(data, folders, tmp_path):
   ('step', 'fields'),
   [
     ('layerwise', dict(remat='full', weights='nf4')),
-    ('streamed', dict(optimizer=dict(name='mezo', learning_rate=0.1, eps=0.1))),
-    ('hybrid', dict(optimizer=dict(name='mezo', learning_rate=0.1, eps=0.1))),
+    *(
+      pytest.param(
+        step,
+        dict(optimizer=dict(name='mezo', learning_rate=0.1, eps=0.1)),
+        marks=pytest.mark.slow,
+      )
+      for step in ('streamed', 'hybrid')
+    ),
   ],
 )
 def test_folders_go_through_every_kind_of_step(step, fields, data, folders, tmp_path):

@@ -128,7 +128,7 @@ def test_one_device_keeps_its_memory_kinds(tmp_path):
   job = exported.export_job(f, (leaf, y), target, tmp_path / 'step')
   step, leaves, intended = exported.load(job, [device])
   assert memory.host_bytes(intended) == 2**17
-  _, found = program.compile_lowered(step.lower(*leaves))
+  _, found = program.compile_lowered(step.lower(*leaves), device.platform)
   answer = program.verdict(found, None, 'cpu', 2**17)
   assert answer['argument_bytes'] == 32
   assert answer['peak_bytes'] < 2**17
