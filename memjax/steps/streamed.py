@@ -108,8 +108,8 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
     outputs, blocks = _through_blocks(model.block, blocks, inputs, change, see, where)
     values = _losses(model, views, outputs, batch)
     # The log is of the weights that were perturbed, of all of them.
-    shown = {**rest, STACK: streams.first_rows(blocks, where, values)}
-    inner = _measured(method, shown, inner, values, see.factor())
+    rows, values = streams.first_rows(blocks, where, values)
+    inner = _measured(method, {**rest, STACK: rows}, inner, values, see.factor())
     found = find(inner)
     opt = Delayed(jnp.ones((), bool), inner)
     new = {'step': state['step'] + 1, 'params': {**rest, STACK: blocks}, 'opt': opt}

@@ -100,7 +100,7 @@ def fingerprint(params: dict) -> jax.Array:
   return lax.fori_loop(0, layers, body, log.fingerprint(_dense(rest)))
 
 
-def first_rows(tree: Any, shardings: Any, after: jax.Array) -> dict:
+def first_rows(tree: Any, shardings: Any, after: Any) -> tuple[dict, Any]:
   """Returns the first layer of what is trained of stacked leaves, as arrays on the device: of a
   matrix `[L, m, n]` its first row alone, `[1, 1, n]`.
 
@@ -110,14 +110,16 @@ def first_rows(tree: Any, shardings: Any, after: jax.Array) -> dict:
     tree: Stacked leaves.
     shardings: Of these, or None.
     after: What there is before the first is fetched.
+
+  Returns:
+    `{path: rows}`, and `after`, to be used in its place: a barrier holds what is used after it.
   """
-  rows, where = {}, places(tree, shardings)
+  rows, index, where = {}, jnp.int32(0), places(tree, shardings)
   for path, leaf in flatten(tree).items():
-    leaf, _ = lax.optimization_barrier((leaf, after))
-    layer = _dense({path: take(leaf, where[path], jnp.int32(0))})
+    rows, index, after = lax.optimization_barrier((rows, index, after))
+    layer = _dense({path: take(leaf, where[path], index)})
     rows |= jax.tree.map(lambda x: x[:, :1] if x.ndim > 2 else x, layer)
-    after = jax.tree.leaves(rows)
-  return rows
+  return rows, after
 
 
 def _dense(params):

@@ -2,10 +2,15 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import memjax
-from memjax import config
+from memjax import config, sharding
+from memjax.estimators.log import row_fingerprint
+from memjax.plan import targets
+from memjax.steps import streams
 
 pytest.importorskip('libtpu')
 pytestmark = pytest.mark.slow
@@ -34,3 +39,19 @@ def test_large_models_train_by_forward_passes(name, target, most):
   assert peak <= most
   if name.startswith('zo2'):  # The blocks are in the host's memory, once.
     assert receipt['parts']['parameters'] < 0.1 * receipt['host_bytes']
+
+
+def test_the_rows_of_a_log_are_fetched_one_matrix_after_the_other():
+  """And not while the head is at work."""
+  mesh = sharding.make_mesh(devices=targets.open_devices(targets.parse('v5e:1x1')))
+  host = jax.NamedSharding(mesh, jax.P(), memory_kind='pinned_host')
+  matrix = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.bfloat16, sharding=host)
+  blocks = dict.fromkeys('abcdef', matrix)
+  x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=host.with_memory_kind('device'))
+
+  def program(blocks, x):
+    rows, value = streams.first_rows(blocks, dict.fromkeys(blocks, host), jnp.sum(x @ x))
+    return value, row_fingerprint(rows)
+
+  memory = jax.jit(program).lower(blocks, x).compile().memory_analysis()
+  assert 2**21 <= memory.temp_size_in_bytes < 1.2 * 2**21  # Of 2 MiB each.
