@@ -244,11 +244,14 @@ def test_galore_adamw8bit_follows_the_official_one(
   runs = zip(run_ours(ours, shape, drifting, adopt), run_theirs(torch, make, shape, drifting))
   for (mine, (projected, *_)), last in runs:
     weight, theirs = last
-    # A second moment whose code is zero leaves a number divided by its own gradient, which may be
-    # all rounding: in the subspace one number or two of 2,560 are off, by 1e-5 of a step's 2.5e-3.
+    # A second moment whose code is zero leaves a number divided by its own gradient, and so does one
+    # of 1e-12 beside others of 1e-7; the gradient there may be all rounding. In the subspace one
+    # number or two of 2,560 are off: in f32 by 2e-6, where a step is 2.5e-3, in 8 bits by a step.
     basis = theirs['projector'].ortho_matrix.numpy()
-    off = (mine - weight) @ basis.T if len(basis) == 16 else basis.T @ (mine - weight)
-    assert np.mean(abs(off) > 1e-6) < (1e-3 if min_8bit_size == 256 else 1e-9)
+    off = abs((mine - weight) @ basis.T if len(basis) == 16 else basis.T @ (mine - weight))
+    assert np.mean(off > 1e-6) < 1e-3
+    if min_8bit_size > 256:
+      assert np.max(off) < 1e-5
     inner = _with_moments(projected.inner, theirs)
     # The basis is off by 1e-6, so more numbers than by rounding alone meet a midpoint.
     _check(
@@ -289,4 +292,5 @@ def _check(*pairs, rtol=1e-6):
       np.testing.assert_allclose(mine, official, rtol=rtol, atol=atol)
       continue
     np.testing.assert_allclose(mine.scales, official.scales, rtol=min(rtol, 1e-4))
-    assert np.mean(np.asarray(mine.codes) != np.asarray(official.codes)) < 1e-3
+    # bf16 weights were rounded before; their neighbours' codes are others a little more often.
+    assert np.mean(np.asarray(mine.codes) != np.asarray(official.codes)) < max(1e-3, rtol / 4)
