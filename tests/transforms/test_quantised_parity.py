@@ -244,9 +244,9 @@ def test_galore_adamw8bit_follows_the_official_one(
   runs = zip(run_ours(ours, shape, drifting, adopt), run_theirs(torch, make, shape, drifting))
   for (mine, (projected, *_)), last in runs:
     weight, theirs = last
-    # A second moment whose code is zero leaves a number divided by its own gradient, and so does one
-    # of 1e-12 beside others of 1e-7; the gradient there may be all rounding. In the subspace one
-    # number or two of 2,560 are off: in f32 by 2e-6, where a step is 2.5e-3, in 8 bits by a step.
+    # A second moment whose code is zero leaves a number divided by its own gradient, and so does
+    # one of 1e-12 beside others of 1e-7; the gradient there may be all rounding. In the subspace
+    # one number or two of 2,560 are off: in f32 by 2e-6, where a step is 2.5e-3, in 8 bits by one.
     basis = theirs['projector'].ortho_matrix.numpy()
     off = abs((mine - weight) @ basis.T if len(basis) == 16 else basis.T @ (mine - weight))
     assert np.mean(off > 1e-6) < 1e-3
