@@ -43,7 +43,8 @@ def choose(
     m: Inputs.
     n: Outputs.
     rank: Rank `r`.
-    a: Whether A is trained.
+    a: Whether A is trained. Where it is not, no `x' dY` is made, which would keep x in place of `x
+      A`.
     merge: Whether `W + A B` may be formed, in the dtype of the activations.
     devices: That share the rows. Each counts its own against a whole W; and gradients are reduced
       over several as factors, `r (m + n)` numbers, so that no `x' dY` is made there.
@@ -60,7 +61,8 @@ def choose(
     Cherniuk et al., `RunLoRA <https://arxiv.org/abs/2312.03415>`_, 2023 (whose backward passes 6 to
     8 are counted at half of what they take, so that its choices differ)
   """
-  barred = {word for word, out in (('merged', not merge), ('matrix', devices > 1)) if out}
+  bars = (('merged', not merge), ('matrix', devices > 1 or not a))
+  barred = {word for word, out in bars if out}
   allowed = [form for form in forms() if not barred & set(form)]
   sizes = dict(rows=math.ceil(rows / devices), m=m, n=n, rank=rank, a=a)
   return min(allowed, key=functools.partial(operations, **sizes))

@@ -96,6 +96,15 @@ def test_devices_count_their_own_rows_and_reduce_factors():
   assert 'merged' not in forms.choose(4096, 1024, 1024, 8, devices=16)
 
 
+def test_a_factor_that_is_not_trained_never_keeps_x():
+  """Of high ranks `A' (x' dY)` takes fewer operations, but x, m numbers a row."""
+  shape = (4096, 512, 512, 384)
+  rows, matrix = (Form('merged', 'merged', 'rows', b) for b in ('rows', 'matrix'))
+  of = lambda form: forms.operations(form, *shape, a=False)
+  assert of(matrix) < of(rows)
+  assert forms.choose(*shape, a=False) == rows
+
+
 @pytest.mark.parametrize('fixed', [False, True])
 def test_every_form_has_the_derivatives_of_the_sum(fixed):
   rng = np.random.default_rng(0)
