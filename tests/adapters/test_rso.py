@@ -11,6 +11,7 @@ import pytest
 import memjax
 from memjax import adapters, build, models, sharding, weights
 from memjax.adapters import over_time
+from memjax.plan import collectives
 from memjax.steps import whole_tree
 from tests import hlo
 from tests.adapters import training
@@ -204,13 +205,15 @@ def test_a_run_layer_by_layer_over_a_mesh_is_the_same():
 
 @pytest.mark.slow
 def test_devices_reduce_gradients_of_b_alone():
-  """Of two adapted matrices, [16, 16] and [16, 32] in two layers, r n numbers and no m n."""
+  """Of two adapted matrices, [16, 16] and [16, 32] in two layers, r n numbers and no m n; beside
+  them the loss and the count of tokens.
+  """
   c = training.config(dict(name='rso', rank=4, every=2, rest=''))
   parts = build.build(c, sharding.make_mesh(8, 1, 1))
   text = parts.step.lower(parts.state, parts.batch).compile().as_text()
   found = hlo.collectives(text)
   assert {x.shape[-2:] for x in found if hlo.elements(x) > 8} <= {(4, 16), (4, 32)}
-  assert max(map(hlo.elements, found)) >= 4 * 32
+  assert collectives.count(text) == {'all-reduce': 4 * 2 * 4 * (16 + 32) + 4 + 4}
 
 
 def test_devices_draw_the_same_subspace():
