@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from memjax import weights
 from memjax.estimators import spsa as dense_lib
@@ -216,8 +217,13 @@ def orthonormal(x: jax.Array) -> jax.Array:
   """Returns the orthonormal factor of `[..., m, r]` whose triangular one has a positive diagonal:
   uniformly distributed if `x` is Gaussian.
   """
-  q, r = jnp.linalg.qr(x)
-  return q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)[..., None, :]
+  # jaxlib's QR of a batch (0.10) waits on a CPU for the threads that it runs on: several at once
+  # stand still where there are few.
+  one_by_one = lambda x: lax.map(jnp.linalg.qr, x)
+  flat = x.reshape(-1, *x.shape[-2:])
+  q, r = lax.platform_dependent(flat, cpu=one_by_one, default=jnp.linalg.qr)
+  signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
+  return (q * signs[:, None, :]).reshape(x.shape)
 
 
 def square_sides(size: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@ make of them.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -331,6 +332,16 @@ def test_orthonormal_factors_are_uniform():
   assert np.abs((q**2).mean(0) - 1 / 6).max() < 0.04
   for size in (12, 97, 4096 * 24):
     assert np.prod(square_sides(size)) == size
+
+
+def test_a_cpu_factorises_one_matrix_at_a_time():
+  """A batch goes to threads that it waits for on one of them: several at once never ended."""
+  stack = jax.ShapeDtypeStruct((30, 6, 4), jnp.float32)
+  lower = jax.jit(orthonormal).trace(stack).lower
+  cpu, gpu = (lower(lowering_platforms=(name,)).as_text() for name in ('cpu', 'cuda'))
+  operand = lambda text: re.search(r'custom_call @\w+geqrf.*: \(tensor<([\dx]+)xf32>', text)[1]
+  assert operand(cpu) == '6x4'
+  assert operand(gpu) == '30x6x4'
 
 
 def test_a_config_reaches_the_square_view_of_long_factors():
