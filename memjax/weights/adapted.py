@@ -201,10 +201,11 @@ def _backward(form, scale, residuals, dy):
   matrix = _over_rows(kept, dy) if 'matrix' in (form.b, '' if fixed else form.a) else None
   da = None
   if not fixed:
-    da = _over_rows(kept, thin) if form.a == 'rows' else dot(matrix, b, transpose=True)
+    rows = form.a == 'rows'
+    da = _over_rows(kept, thin, a.dtype) if rows else dot(matrix, b, transpose=True)
     da = (scale * da).astype(a.dtype)
   if form.b == 'rows':
-    db = _over_rows(kept if fixed else dot(kept, a), dy)
+    db = _over_rows(kept if fixed else dot(kept, a), dy, b.dtype)
   else:
     db = _over_rows(materialize(a).astype(matrix.dtype), matrix)
   return dx, None, da, (scale * db).astype(b.dtype)
@@ -231,10 +232,10 @@ def dropped(x: jax.Array, key: jax.Array | None, dropout: float) -> jax.Array:
   return jnp.where(kept, x / (1 - dropout), 0).astype(x.dtype)
 
 
-def _over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-  """`x' y`, summed over all axes but the last of each, in f32."""
+def _over_rows(x: jax.Array, y: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+  """`x' y`, summed over all axes but the last of each; in this dtype devices add up their sums."""
   rows = tuple(range(x.ndim - 1))
-  return jax.lax.dot_general(x, y, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(x, y, ((rows, rows), ((), ())), preferred_element_type=dtype)
 
 
 def _merged(base: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

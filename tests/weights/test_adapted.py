@@ -1,6 +1,7 @@
 """`W + s A B` as a leaf: its products are those of the array that it stands for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,20 @@ def test_in_16_bits_small_additions_are_not_rounded_away_however_many_rows():
   )
   x = jnp.tile(signs, (64, 1))
   np.testing.assert_allclose(jax.jit(weights.dot)(x, leaf), 32 * 2e-4, rtol=0.02)
+
+
+def test_gradients_of_factors_in_16_bits_are_summed_in_16_bits_as_those_of_matrices_are():
+  """What devices send each other of factors in bf16 is bf16; of factors in f32, f32."""
+  half = functools.partial(jax.tree.map, lambda x: x.astype(jnp.bfloat16))
+
+  def dtypes(leaf):
+    use = lambda a, b: dataclasses.replace(leaf, a=a, b=b).dot(half(X)).sum()
+    equations = jax.make_jaxpr(jax.grad(use, (0, 1)))(leaf.a, leaf.b).eqns
+    made = [eqn.outvars[0].aval for eqn in equations if eqn.primitive.name == 'dot_general']
+    return {x.dtype for x in made if x.shape in (A.shape, B.shape)}
+
+  assert dtypes(half(make())) == {jnp.dtype('bfloat16')}
+  assert dtypes(make(half(W))) == {jnp.dtype('float32')}
 
 
 def test_micro_batches_drop_other_activations():
