@@ -119,19 +119,24 @@ def test_a_compiled_program_keeps_the_rank_for_the_width():
   assert of_layer(adapters.RSO(rank=rank)) < 5 * 4 * rows * rank
 
 
+def traced(spec, name, rows, length, **fields):
+  """Loss of what is trained, parameters and batch of a model that rematerialises nothing."""
+  model = models.create(name, remat='none', **fields)
+  init = lambda key: adapters.attach(model.init(key), spec, key) if spec else model.init(key)
+  params = jax.eval_shape(init, jax.random.key(0))
+  batch = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ('tokens', 'targets')}
+  batch['weights'] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+  loss = lambda values, params, batch: model.loss(weights.replaced(params, values), batch)[0]
+  return loss, params, batch
+
+
 def bytes_kept(spec):
   """Bytes of what LLaMA 1B keeps of 16 x 256 tokens for its backward pass, parameters aside."""
   half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-  model = models.create('llama_1b', remat='none', **half)
-  init = lambda key: adapters.attach(model.init(key), spec, key) if spec else model.init(key)
-  params = jax.eval_shape(init, jax.random.key(0))
-  batch = {k: jax.ShapeDtypeStruct((16, 256), jnp.int32) for k in ('tokens', 'targets')}
-  batch['weights'] = jax.ShapeDtypeStruct((16, 256), jnp.float32)
-
-  def pull(params, batch):
-    use = lambda values: model.loss(weights.replaced(params, values), batch)[0]
-    return jax.vjp(use, weights.trained(params))[1]
-
+  loss, params, batch = traced(spec, 'llama_1b', 16, 256, **half)
+  pull = lambda params, batch: jax.vjp(
+    lambda values: loss(values, params, batch), weights.trained(params)
+  )[1]
   own = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
   kept = jax.tree.leaves(jax.eval_shape(pull, params, batch))
   return sum(x.size * x.dtype.itemsize for x in kept if (x.shape, x.dtype) not in own)
@@ -143,6 +148,21 @@ def test_a_model_keeps_the_rank_in_place_of_the_width():
   saved = 2 * tokens * layers * (3 * width + inner - 7 * rank)
   assert bytes_kept(None) - bytes_kept(adapters.RSO(rank=rank)) == saved
   assert saved / 2**20 == pytest.approx(1503.9, abs=0.1)
+
+
+@pytest.mark.slow
+def test_each_layer_of_a_compiled_model_saves_just_that():
+  width, inner, rank, rows, length = 64, 176, 8, 16, 32
+  sizes = dict(hidden=width, intermediate=inner, heads=4, kv_heads=4, vocab=128, loss_chunk=128)
+
+  def temporaries(spec, layers):
+    loss, params, batch = traced(spec, 'llama_tiny', rows, length, layers=layers, **sizes)
+    step = jax.jit(jax.grad(loss)).lower(weights.trained(params), params, batch)
+    return step.compile().memory_analysis().temp_size_in_bytes
+
+  of_layers = lambda spec: temporaries(spec, 8) - temporaries(spec, 4)
+  saved = 4 * rows * length * 4 * (3 * width + inner - 7 * rank)
+  assert of_layers(None) - of_layers(adapters.RSO(rank=rank)) == pytest.approx(saved, rel=0.01)
 
 
 def test_a_new_subspace_changes_no_value_and_forgets_the_moments():
