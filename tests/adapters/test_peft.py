@@ -286,27 +286,75 @@ def test_what_peft_trained_goes_on_here(kind, params, tmp_path):
     near(grads[part][1], expected)
 
 
-@pytest.mark.parity
-def test_values_and_gradients_are_those_of_loralib():
-  loralib, torch = pytest.importorskip('loralib'), pytest.importorskip('torch')
+def drawn(*shapes):
   rng = np.random.default_rng(0)
-  w, a, b, x = (
-    rng.standard_normal(shape).astype(np.float32) for shape in ((6, 8), (6, 3), (3, 8), (5, 6))
-  )
-  layer = loralib.Linear(6, 8, r=3, lora_alpha=5, bias=False)
-  with torch.no_grad():
-    for p, value in ((layer.weight, w), (layer.lora_A, a), (layer.lora_B, b)):
-      p.copy_(torch.tensor(value.T))
+  return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def assert_one_matrix_agrees(leaf, layer, factors):
+  """Values, and gradients of the sum of their squares by the factors and the activations, to 1e-6
+  of the largest.
+
+  Args:
+    leaf: Ours.
+    layer: Theirs, a module of PyTorch.
+    factors: Part of ours -> their parameter.
+  """
+  torch = pytest.importorskip('torch')
+  (x,) = drawn((5, 6))
   given = torch.tensor(x, requires_grad=True)
   y = layer(given)
   y.square().sum().backward()
-  leaf = weights.Adapted(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), scale=5 / 3)
 
   def loss(values, x):
     y = weights.dot(x, weights.replaced(leaf, values))
     return jnp.sum(y**2), y
 
-  grads, ours = jax.grad(loss, argnums=(0, 1), has_aux=True)(weights.trained(leaf), x)
-  expected = {'a': layer.lora_A.grad.numpy().T, 'b': layer.lora_B.grad.numpy().T}
+  (grads, of_x), ours = jax.grad(loss, argnums=(0, 1), has_aux=True)(weights.trained(leaf), x)
+  grads = {**grads.pop('adapted', {}), **grads}
+  expected = {part: p.grad.numpy().T for part, p in factors.items()}
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
-  jax.tree.map(close, (ours, grads), (y.detach().numpy(), (expected, given.grad.numpy())))
+  jax.tree.map(close, (ours, of_x, grads), (y.detach().numpy(), given.grad.numpy(), expected))
+
+
+@pytest.mark.parity
+def test_values_and_gradients_are_those_of_loralib():
+  loralib, torch = pytest.importorskip('loralib'), pytest.importorskip('torch')
+  w, a, b = drawn((6, 8), (6, 3), (3, 8))
+  layer = loralib.Linear(6, 8, r=3, lora_alpha=5, bias=False)
+  with torch.no_grad():
+    for p, value in ((layer.weight, w), (layer.lora_A, a), (layer.lora_B, b)):
+      p.copy_(torch.tensor(value.T))
+  leaf = weights.Adapted(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), scale=5 / 3)
+  assert_one_matrix_agrees(leaf, layer, {'a': layer.lora_A, 'b': layer.lora_B})
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  'spec',
+  [
+    adapters.LoRA(rank=3, alpha=5),
+    adapters.LoRA(rank=3, alpha=5, rank_stabilized=True),
+    adapters.DoRA(rank=3, alpha=5),
+  ],
+  ids=['lora', 'rslora', 'dora'],
+)
+def test_values_and_gradients_are_those_of_peft(spec):
+  peft, torch = pytest.importorskip('peft'), pytest.importorskip('torch')
+  w, a, b = drawn((6, 8), (6, 3), (3, 8))
+  leaf = adapters.attach({'w': jnp.asarray(w)}, spec, jax.random.key(0))['w']
+  kind = dict(use_rslora=spec.rank_stabilized, use_dora=isinstance(spec, adapters.DoRA))
+  config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=['0'], **kind)
+  model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 8, bias=False)), config)
+  layer = model.base_model.model[0]
+  factors = {'a': layer.lora_A['default'].weight, 'b': layer.lora_B['default'].weight}
+  values = {'a': a, 'b': b}
+  if kind['use_dora']:
+    factors['magnitude'] = layer.lora_magnitude_vector['default'].weight
+    values['magnitude'] = np.linspace(1, 2, 8, dtype=np.float32)
+  with torch.no_grad():
+    layer.base_layer.weight.copy_(torch.tensor(w.T))
+    for part, p in factors.items():
+      p.copy_(torch.tensor(values[part].T))
+  leaf = adapters.with_factors({'w': leaf}, {'w': values})['w']
+  assert_one_matrix_agrees(leaf, layer, factors)
