@@ -21,6 +21,7 @@ from memjax.models import huggingface
 from memjax.naming import fold_in_path, path_string
 
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+PARTS = ('vocab.json', 'vocab.txt')  # What older folders have in their place, such as OPT's.
 # A checkpoint's embedding is padded by less than this share of its rows.
 PADDING = 0.2
 
@@ -171,9 +172,15 @@ def tokenizer(config: ConfigDict) -> str:
   for name in TOKENIZERS:
     if (path / name).is_file():
       return str(path / name)
+  convert = [
+    f', or make one of {name}: python -c "from transformers import AutoTokenizer as T; '
+    f"T.from_pretrained('{path}').save_pretrained('{path}')\""
+    for name in PARTS
+    if (path / name).is_file()
+  ]
   raise ValueError(
     f'{path} has neither {" nor ".join(TOKENIZERS)}; copy one there, or name one as '
-    'config.data.tokenizer'
+    f'config.data.tokenizer{"".join(convert[:1])}'
   )
 
 

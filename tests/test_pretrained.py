@@ -135,6 +135,9 @@ def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_refused(folder, tmp
   c.data.cache_dir = str(tmp_path / 'cache')
   with pytest.raises(ValueError, match=r'has neither tokenizer.json nor tokenizer.model; copy one'):
     train.load_data(c, model)
+  (small / 'vocab.json').write_text('{}')
+  with pytest.raises(ValueError, match=r'or make one of vocab.json: python -c .* AutoTokenizer'):
+    train.load_data(c, model)
   (small / 'tokenizer.json').write_text((folder / 'tokenizer.json').read_text())
   with pytest.raises(
     ValueError, match=r"small/tokenizer.json' has token ids up to 2\d\d.* of 270; set"

@@ -256,6 +256,10 @@ def only_gguf(folder):
   (folder / 'llama.gguf').write_bytes(b'')
 
 
+def index_of_numbers(folder):
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {UP: 1}}))
+
+
 def lose_a_file(folder):
   (folder / 'model.safetensors').unlink()
   index = {'weight_map': {'model.norm.weight': 'model-00001-of-00002.safetensors'}}
@@ -288,6 +292,7 @@ DAMAGES = {
   'truncated': (truncate, r'model.safetensors \([\d,]+ bytes\) is not a whole'),
   'pickle': (only_pickle, r'pytorch_model.bin .*once: python .* import LlamaForCausalLM'),
   'lost_file': (lose_a_file, r'index.json names model-00001-of-00002.safetensors, which is not'),
+  'index': (index_of_numbers, r"index.json has no 'weight_map' from tensors to files"),
   'no_weights': (
     lambda f: (f / 'model.safetensors').unlink(),
     r'has neither model.safetensors nor',
@@ -304,6 +309,13 @@ def test_a_damaged_folder_is_refused_by_file_and_key(name, folder):
   damage(folder)
   with pytest.raises(ValueError, match=message):
     huggingface.load(folder)
+
+
+def test_a_file_of_a_folder_is_not_taken_for_it(folder):
+  (folder / 'pytorch_model.bin').write_bytes(b'')
+  for name in ('pytorch_model.bin', 'model.safetensors'):
+    with pytest.raises(ValueError, match=rf'{name} is a file; give the folder that it is in'):
+      huggingface.load(folder / name)
 
 
 def test_longrope_of_phi3_is_refused(folder):

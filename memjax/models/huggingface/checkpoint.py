@@ -69,6 +69,10 @@ def read_config(folder: pathlib.Path) -> Config:
   Raises:
     ValueError: when there is none, or it is not JSON.
   """
+  if folder.is_file():
+    raise ValueError(
+      f'{folder} is a file; give the folder that it is in, or a .gguf file, which has all in one'
+    )
   if not folder.is_dir():
     raise ValueError(f'there is no folder {str(folder)!r}')
   path = folder / CONFIG
@@ -97,7 +101,7 @@ def _files(folder: pathlib.Path, config: Config) -> list[pathlib.Path]:
   """The safetensors files of a folder, all of them there."""
   if (folder / INDEX).is_file():
     named = _read_json(folder / INDEX).get('weight_map')
-    if not isinstance(named, dict):
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
       raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
     files = [folder / name for name in dict.fromkeys(named.values())]
     for file in files:
