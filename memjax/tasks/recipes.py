@@ -7,8 +7,10 @@ A config of a task is a config like any other: `config.optimizer`, `config.adapt
 from ml_collections import ConfigDict
 
 from memjax import adapters, optimizers
+from memjax.build_model import bare_model
 from memjax.config import adapter, default, optimizer
 from memjax.models import PRESETS
+from memjax.tasks.loading import is_encoder
 from memjax.tasks.tables import GLUE, find
 
 # Training examples, which fix how many updates an epoch has.
@@ -113,6 +115,8 @@ def glue(arg) -> ConfigDict:
   rate = GALORE_RATES.get(arg.task, 1e-5)
   if arg.rank == 4:
     rate = 3e-5 if arg.task in RANK_4_FASTER else 1e-5
+  # An encoder's head is new and is trained beside an adapter; a decoder's belongs to its prompts.
+  new_head = arg.method in adapters.ADAPTERS and is_encoder(bare_model(c))
   use_method(
     c,
     arg.method,
@@ -121,7 +125,7 @@ def glue(arg) -> ConfigDict:
     scale=4.0 if arg.rank == 4 else 2.0,
     refresh_every=500,
     alpha=2.0 * arg.rank,
-    rest='head/.*',
+    **({'rest': 'head/.*'} if new_head else {}),
   )
   c.schedule.name, c.schedule.warmup_ratio, c.schedule.final_ratio = 'linear', 0.0, 0.0
   c.log_every, c.eval_every, c.checkpoint.every = 10, 500, 500

@@ -2,9 +2,13 @@
 
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
+from memjax import build, models, sharding, weights
 from memjax import config as config_lib
+from memjax.naming import path_string
 from memjax.tasks import recipes
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
@@ -55,12 +59,25 @@ def test_galore_on_glue(spec, rate, scale, batch, steps):
 
 def test_any_method_by_name():
   assert load('glue.py:method=lora').adapter.rest == 'head/.*'  # A new head is trained in full.
+  for model in ('llama_tiny', 'opt_tiny'):  # Its head is its own, or the embedding.
+    c = load(f'glue.py:method=lora,model={model}')
+    state = build.build(c, sharding.make_mesh(devices=jax.devices()[:1])).state
+    trained = jax.tree.leaves_with_path(weights.trained(state['params']))
+    assert {path_string(path)[-1] for path, _ in trained} == {'a', 'b'}
   c = load('glue.py:method=lozo,model=llama_tiny')
   # GaLore's scale is a number, LOZO's a word.
   assert (c.step, c.optimizer.rank, c.optimizer.scale) == ('zeroth_order', 4, 'paper')
   c = load('instruct.py:method=apollo_mini')
   assert (c.optimizer.name, c.adapter.name) == ('apollo_mini', 'none')
   assert load('glue.py:model=some/folder').load == 'some/folder'
+
+
+def test_a_folder_says_whether_it_has_a_new_head(tmp_path):
+  for name, rest in (('bert_tiny', 'head/.*'), ('llama_tiny', '')):
+    model = models.create(name)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), model.abstract())
+    models.save(tmp_path / name, model, zeros)
+    assert load(f'glue.py:method=dora,model={tmp_path / name}').adapter.rest == rest
 
 
 def test_colms_instructions():
