@@ -127,8 +127,9 @@ def chosen(named: Mapping[str, Any], targets: str) -> set[str]:
     found = {path for path, leaf in named.items() if default_targets(path, weights.whole(leaf))}
   else:
     # Stacked norms and biases [L, n] have two axes, and are vectors all the same.
-    matrices = {path for path in named if path.split('/')[-1] not in ('scale', 'bias')}
-    found = {path for path in matrices if re.search(targets, path)}
+    vectors = {path for path in named if path.split('/')[-1] in ('scale', 'bias')}
+    vectors |= {path for path, leaf in named.items() if len(weights.whole(leaf).shape) < 2}
+    found = {path for path in named if re.search(targets, path)} - vectors
   if not found:
     raise ValueError(f'targets={targets!r} matches no matrix; {nearest(targets, named)}')
   return found

@@ -36,6 +36,10 @@ def test_a_pattern_passes_over_vectors():
   adapted = adapters.attach(PARAMS, adapters.LoRA(rank=2, targets='attn'), KEY)
   assert isinstance(adapted['blocks']['attn_norm']['scale'], weights.Frozen)
   assert isinstance(adapted['blocks']['attn']['q']['kernel'], weights.Adapted)
+  plain = {'dense': {'w': jnp.ones((4, 4)), 'b': jnp.ones(4)}}
+  dense = adapters.attach(plain, adapters.LoRA(rank=2, targets='dense'), KEY)['dense']
+  assert isinstance(dense['b'], weights.Frozen)
+  assert isinstance(dense['w'], weights.Adapted)
 
 
 def factors(trained):
