@@ -51,7 +51,7 @@ class Parts(NamedTuple):
   transform: optax.GradientTransformation
   state: dict  # Training state as shapes, with shardings.
   batch: dict  # One batch as shapes, with shardings.
-  eval_batch: dict  # The same of one micro-batch, which is what validation runs on.
+  eval_batch: dict  # The same of `eval_rows`, which is what validation runs on.
   init: Any  # Jitted: key -> state.
   step: Any  # Jitted: (state, batch) -> (state, metrics); donates the state.
   eval_step: Any  # Jitted: (params, batch) -> (loss sum, count).
@@ -144,7 +144,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Parts:
     transform=transform,
     state=state,
     batch=_pool_shapes(config, mesh, model),
-    eval_batch=batch_shapes(config.batch_size // config.accumulate, config.seq_len, mesh, model),
+    eval_batch=batch_shapes(eval_rows(config), config.seq_len, mesh, model),
     init=_jit_init(config, model, mesh, init_placed, shardings),
     step=_jit_step(train_step, shardings),
     eval_step=jax.jit(lambda params, batch: model.loss(adapters.at_rest(params), batch)),
@@ -460,6 +460,14 @@ def batch_shapes(batch_size: int, seq_len: int, mesh: Mesh, model=None) -> dict:
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()
   }
+
+
+def eval_rows(config: ConfigDict) -> int:
+  """Returns how many rows are measured at a time: as many as are trained on at a time, so that
+  neither a whole pool nor a whole batch of micro-batches has to fit.
+  """
+  chosen = config.select.name != 'none'
+  return (config.select.keep if chosen else config.batch_size) // config.accumulate
 
 
 def _pool_shapes(config, mesh, model):

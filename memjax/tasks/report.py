@@ -32,7 +32,7 @@ def evaluate_folder(
     tasks: Name -> fields of `config.task` to set, such as `{'rte': {'test': 'rte.jsonl'}}`; default
       the task of `config`, else that of the run. With a field `name`, the key is only what a result
       is called. Files to train on are read only where a part of them is tested on or is shown.
-    config: Its `task` fields, `batch_size` and `seq_len` are used, and for a pretrained model all
+    config: Its `task` fields, `seq_len` and micro-batches are used, and for a pretrained model all
       that describes one; needed there, else default what the run was made with.
     directory: Where the results are written; default `folder` if it is a run, else nowhere.
     devices: Devices of the mesh; default all.
@@ -48,14 +48,15 @@ def evaluate_folder(
   folder = pathlib.Path(folder).expanduser()
   is_run = (folder / 'checkpoints').is_dir()
   if is_run:
-    config = _config_of_run(folder, config)
+    own = _config_of_run(folder)
+    config = own if config is None else _with_task(own, config)
   elif config is None:
     raise ValueError(
       f'{folder}: not the work directory of a run; to measure pretrained weights, say on what with '
       '--config=configs/glue.py:task=sst2'
     )
   else:
-    config = ConfigDict(config.to_dict()).unlock()
+    own = config = ConfigDict(config.to_dict()).unlock()
     config.load = str(folder)
   if tasks is None:
     tasks = {config.task.name: {}}
@@ -66,8 +67,9 @@ def evaluate_folder(
     )
   wanted = {name: _fields(config, name, changes) for name, changes in tasks.items()}
   mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
+  sharding.check_batch(build.eval_rows(config), 1, mesh)
   read = _read_run if is_run else _read_pretrained
-  model, params, step = read(folder, config, mesh)
+  model, params, step = read(folder, own, mesh)
   results = {}
   for name, fields in wanted.items():
     results[name] = _measured(fields, config, model, params)
@@ -80,15 +82,20 @@ def evaluate_folder(
   return report
 
 
-def _config_of_run(folder, given):
-  """The run's own config, with the task and the batches of the one given."""
+def _config_of_run(folder):
   file = folder / 'config.json'
   if not file.is_file():
     raise ValueError(f'{folder}: has checkpoints but no config.json, which says of what')
-  config = ConfigDict(_merged(config_lib.default().to_dict(), json.loads(file.read_text())))
-  if given is not None:
-    config.task, config.batch_size = given.task, given.batch_size
-    config.seq_len, config.accumulate = given.seq_len, given.accumulate
+  return ConfigDict(_merged(config_lib.default().to_dict(), json.loads(file.read_text())))
+
+
+def _with_task(own, given):
+  """A run's config with the task and the batches of another, which are to be measured on alone: the
+  run's step need not be able to train so.
+  """
+  config = own.copy_and_resolve_references()
+  for field in ('task', 'batch_size', 'seq_len', 'accumulate', 'select'):
+    config[field] = given[field]
   return config
 
 
@@ -137,7 +144,7 @@ def _measured(fields, config, model, params):
   where = dict(vocab_size=model.vocab, cache_dir=config.data.cache_dir or config_lib.user_cache())
   data = loading.load_test(fields, model, tokenizer, config.seq_len, **where)
   pretrained.check_tokenizer(config, data.tokenizer, model.vocab)
-  scores = measure(model, params, data.task, data.test, config.batch_size)
+  scores = measure(model, params, data.task, data.test, build.eval_rows(config))
   file = loading.files(data.task, fields)[1] or fields.dev or data.source
   return {**scores, 'examples': len(data.test), 'file': file}
 

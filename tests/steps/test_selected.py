@@ -227,6 +227,7 @@ def test_a_config_trains_on_chosen_rows_and_resumes_with_the_same(tmp_path):
   step = parts.step.lower(parts.state, parts.batch).compile()
   assert parts.batch['source'].shape == (16,)
   assert 'source' not in parts.eval_batch
+  assert parts.eval_batch['tokens'].shape == (8, 8)  # Room for a pool need not be there.
   batch = jax.device_put(pool(16), parts.batch['source'].sharding)
   batch = {k: x if x.ndim == 1 else jnp.pad(x, ((0, 0), (0, 2))) for k, x in batch.items()}
   batch = jax.device_put(batch, parts.batch['source'].sharding)

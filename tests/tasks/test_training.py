@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from memjax import config as config_lib
 from memjax import metrics, tasks
 from memjax.data.tokenizers import Frame, open_tokenizer
 from memjax.models import create
-from memjax.tasks import evaluation, made_up, prompts
+from memjax.tasks import evaluation, made_up, prompts, report
 from memjax.tasks.options import Choosing
 from memjax.tasks.splits import Framed, Optioned, Prompted
 from memjax.train import train
@@ -185,6 +186,23 @@ def test_a_run_is_measured_from_its_checkpoint(run):
   assert (found['step'], found['tasks']['sst2']['examples']) == (4, 8)
   assert json.loads((directory / 'evaluation.json').read_text()) == found
   assert 'sst2: accuracy' in tasks.show(found)
+
+
+def test_the_batches_of_a_measurement_need_not_be_those_of_a_step(run, tmp_path, monkeypatch):
+  """Micro-batches are measured on; and a run that chooses 8 rows of each 8 on 4 at a time."""
+  rows = []
+  monkeypatch.setattr(report, 'measure', lambda *args: rows.append(args[-1]) or {})
+  shutil.copytree(run[0], tmp_path / 'run')
+  file = tmp_path / 'run/config.json'
+  own = json.loads(file.read_text())
+  own['select'].update(name='random', keep=8)
+  file.write_text(json.dumps(own))
+  c = config_lib.load(f'{GLUE}:smoke,method=adamw').unlock()
+  for c.batch_size, c.accumulate in ((4, 1), (8, 4)):
+    memjax.evaluate(tmp_path / 'run', config=c, devices=jax.devices()[:1])
+  assert rows == [4, 2]
+  with pytest.raises(ValueError, match='2 sequences does not divide over data x fsdp = 8 devices'):
+    memjax.evaluate(tmp_path / 'run', config=c, devices=jax.devices()[:8])
 
 
 def test_what_cannot_be_measured_is_refused(run, tmp_path):
