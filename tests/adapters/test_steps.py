@@ -1,5 +1,6 @@
 """Adapters through every step of a config: the same training, on any mesh, and what it costs."""
 
+import collections
 import itertools
 import math
 import re
@@ -193,6 +194,22 @@ def test_devices_reduce_gradients_of_factors_alone():
   largest = max(hlo.elements(found) for found in hlo.collectives(compiled.as_text()))
   # The largest factor of both layers, [2, 64, 4]; the smallest frozen matrix has 1,024 numbers.
   assert 0 < largest <= 2 * 64 * 4
+
+
+@pytest.mark.slow
+def test_over_tensor_factors_add_the_rank_to_what_devices_send():
+  """`x A` and `dY B'` are summed where rows or columns of W are divided; all else is the model's."""
+
+  def sent(c):
+    parts = parts_of(c, (1, 1, 4))
+    text = parts.step.lower(parts.state, parts.batch).compile().as_text()
+    return collections.Counter(x.shape for x in hlo.collectives(text))
+
+  adapted, model = small_config(), small_config()
+  model.adapter = config.adapter('none')
+  whole = sent(model)
+  assert (BATCH, LENGTH, 32) in whole
+  assert set(sent(adapted) - whole) == {(BATCH, LENGTH, 4)}
 
 
 @pytest.mark.parametrize('stored', ['dense', 'nf4'])
