@@ -198,7 +198,7 @@ def test_devices_reduce_gradients_of_factors_alone():
 
 @pytest.mark.slow
 def test_over_tensor_factors_add_the_rank_to_what_devices_send():
-  """`x A` and `dY B'` are summed where rows or columns of W are divided; all else is the model's."""
+  """`x A` and `dY B'`, where a side of W is divided; all else is sent without adapters too."""
 
   def sent(c):
     parts = parts_of(c, (1, 1, 4))
