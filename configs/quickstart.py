@@ -4,8 +4,8 @@ no network needed.
     python run.py --config=configs/quickstart.py
 
 Five minutes on two CPU cores, to a validation loss of 5.06. `:smoke` takes seconds. Other methods:
-`:method=adamw` and the other names of `METHODS`, compared in docs/pretraining.md; one layer at a
-time: `:step=layerwise`.
+`:method=adamw` and the other names of `METHODS`, compared in docs/pretraining.md; with another
+`rank`, or `share` of the learning rate for the layers; one layer at a time: `:step=layerwise`.
 """
 
 from memjax.config import adapter, default, optimizer, parse_arg
@@ -50,7 +50,7 @@ ADAPTERS = {
   'qlora': dict(name='lora', rank=64, rest='.*'),
   'relora': dict(name='relora', rank=64, every=200),
   'rso': dict(name='rso', rank=64, every=50),
-  'switchlora': dict(name='switchlora', rank=64, alpha=8.0, descent=100),
+  'switchlora': dict(name='switchlora', rank=64, alpha=8.0),
 }
 
 
@@ -61,7 +61,10 @@ def get_config(arg=''):
     method='galore',
     steps=240,
     seq_len=128,
+    batch_size=8,
     learning_rate=0.0,
+    rank=0,
+    share=0.0,
     step='whole_tree',
   )
   if arg.method not in METHODS:
@@ -69,24 +72,37 @@ def get_config(arg=''):
   c = default()
   c.model = 'llama_tiny' if arg.smoke else 'llama_quickstart'
   c.steps = 4 if arg.smoke else arg.steps
-  c.batch_size = 8
+  c.batch_size = arg.batch_size
   c.seq_len = 32 if arg.smoke else arg.seq_len
   chosen, c.layer_scale = METHODS[arg.method]
   c.optimizer = optimizer(**chosen)
   c.optimizer.learning_rate = arg.learning_rate or c.optimizer.learning_rate
+  if arg.share and 'scale' in chosen:
+    c.optimizer.scale = arg.share
+  elif arg.share:
+    c.layer_scale = arg.share
   if arg.smoke and 'rank' in c.optimizer:
-    c.optimizer.rank, c.optimizer.refresh_every = 8, 2
+    c.optimizer.refresh_every = 2
   c.weights = 'nf4' if arg.method == 'qlora' else 'dense'
   if arg.step == 'layerwise':
     c.step, c.remat = 'layerwise', 'full'
   elif arg.step != 'whole_tree':
     raise ValueError(f"step is 'whole_tree' or 'layerwise' here, not {arg.step!r}")
   c.adapter = adapter(**ADAPTERS.get(arg.method, dict(name='none')))
-  if arg.smoke:
-    c.adapter.rank = 8
+  rank = 8 if arg.smoke else arg.rank
+  if rank and arg.method in ADAPTERS:
+    if 'alpha' in c.adapter:
+      c.adapter.alpha *= rank / c.adapter.rank  # The scale, alpha over rank, stays.
+    c.adapter.rank = rank
+  elif rank and 'rank' in c.optimizer:
+    c.optimizer.rank = rank
+  elif arg.rank:
+    raise ValueError(f'{arg.method!r} has no rank; leave the argument out')
   if arg.method == 'relora':
     every = c.adapter.every = 2 if arg.smoke else 200
     c.schedule.update(dict(name='jagged', restart_every=every, restart_warmup=every // 10))
+  if arg.method == 'switchlora':
+    c.adapter.descent = max(1, c.steps // 10)
 
   c.data.tokenizer = 'bytes' if arg.smoke else 'bpe'
   c.data.max_tokens = 200_000 if arg.smoke else 0

@@ -297,3 +297,15 @@ def test_the_first_runs_methods_are_optimizers_of_every_kind():
     build(config_lib.load(f'{spec}:smoke,method={name}'), one_device())
   missing = set(optimizers.OPTIMIZERS) - {chosen['name'] for chosen, _ in methods.values()}
   assert missing == {'sgd'}  # Plain descent does not train a transformer.
+
+
+def test_the_first_runs_methods_take_a_rank_and_a_share_of_the_rate():
+  load = lambda arg: config_lib.load(str(launch.ROOT / f'configs/quickstart.py:{arg}'))
+  lora = load('method=lora,rank=8,share=0.4,batch_size=32')
+  assert (lora.adapter.rank, lora.layer_scale, lora.batch_size) == (8, 0.4, 32)
+  galore = load('rank=8,share=0.2')
+  assert (galore.optimizer.rank, galore.optimizer.scale, galore.layer_scale) == (8, 0.2, 1)
+  switched = load('method=switchlora,rank=8').adapter
+  assert switched.alpha / switched.rank == 1 / 8  # As at rank 64.
+  with pytest.raises(ValueError, match="'adamw' has no rank"):
+    load('method=adamw,rank=8')
