@@ -51,6 +51,8 @@ def selected(
   def wrapped(state, pool):
     inner = {name: part for name, part in state.items() if name != 'select'}
     chosen, select, found = selector.choose(state.get('select'), inner, pool)
+    # All of it now: what the new state of the selector needs would else be kept through the step.
+    chosen, select, found = jax.lax.optimization_barrier((chosen, select, found))
     after, metrics = step(inner, take_rows(pool, chosen, layout))
     return _joined(after, select), metrics | found
 

@@ -94,6 +94,16 @@ def test_a_step_is_the_plain_one_on_the_chosen_rows():
   assert after['select'].seen.tolist() == [4, 3, 1]
 
 
+def test_a_choice_is_complete_before_the_step_on_it():
+  """What the selector remembers too, or gradients of the whole pool would be kept for it."""
+  chooser = selector()
+  step = selected.selected(lambda state, batch: (state, {}), chooser)
+  equations = jax.make_jaxpr(step)(begin(chooser), POOL).eqns
+  (barrier,) = [e for e in equations if e.primitive.name == 'optimization_barrier']
+  shapes = {x.aval.shape for x in barrier.outvars}
+  assert shapes == {(4,), (), (64,), (3,)}  # Rows; a metric and the count; moments; sources.
+
+
 def test_all_of_the_pool_trains_like_the_plain_step():
   chooser = selector(keep=8)
   after, metrics = jax.jit(selected.selected(plain_step(), chooser))(begin(chooser), POOL)
