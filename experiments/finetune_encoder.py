@@ -199,7 +199,9 @@ class Trainer:
       params = adapters.attach(params, self.method.adapter, adapter_key)
     # Compiled, so that no two leaves share a buffer, which could not be donated twice.
     opt = jax.jit(self.transform.init)(weights.trained(params))
-    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': opt}
+    state = {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt': opt}
+    # Bound to the device like what a step returns, so that the second step is not compiled anew.
+    return jax.device_put(state, jax.local_devices()[0])
 
   def run(self, seed: int, train: Rows, dev: Rows) -> dict[str, Any]:
     """Trains and evaluates; returns what is to be kept of it."""

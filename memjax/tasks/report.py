@@ -60,10 +60,9 @@ def evaluate_folder(
     config.load = str(folder)
   if tasks is None:
     tasks = {config.task.name: {}}
-  if not all(tasks):
+  if not tasks or not all(tasks):
     raise ValueError(
-      'there is no task to measure on: the config trains on text; name one, as in '
-      '--config=configs/glue.py:task=sst2'
+      'there is no task to measure on; name one, as in --config=configs/glue.py:task=sst2'
     )
   wanted = {name: _fields(config, name, changes) for name, changes in tasks.items()}
   mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)

@@ -39,8 +39,8 @@ GALORE_8_BITS = config.optimizer('galore8bit', learning_rate=0.01, rank=512)
 def test_large_models_train_on_an_rtx4090(name, tokens, changes, most):
   """One sequence; `most` in GiB, of 23.65.
 
-  JAX 0.12. Older compilers take up to 1 GiB more for most; for `zo2_opt175b` 12 in all, which is too
-  much. Of a streamed block the figures have what the program copies, as their receipts say.
+  JAX 0.12. Older compilers take up to 1 GiB more for most; for `zo2_opt175b` 12 in all, which is
+  too much. Of a streamed block the figures have what the program copies, as their receipts say.
   """
   c = config.load(str(CONFIGS / name))
   c.batch_size, c.accumulate, c.seq_len = 1, 1, tokens

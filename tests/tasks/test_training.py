@@ -208,6 +208,8 @@ def test_the_batches_of_a_measurement_need_not_be_those_of_a_step(run, tmp_path,
 def test_what_cannot_be_measured_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match=r'not the work directory of a run.*--config='):
     memjax.evaluate(tmp_path)
+  with pytest.raises(ValueError, match='there is no task to measure on; name one'):
+    memjax.evaluate(run[0], {})
   with pytest.raises(ValueError, match='needs labels=3, but the model has 2'):
     memjax.evaluate(run[0], {'mnli': {'test': 'made_up:4'}}, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match=r"to measure 'sst2': config\.task has no field 'tets'"):
