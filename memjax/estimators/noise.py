@@ -158,7 +158,10 @@ def _normal(bits):
   # The sign comes first: what asks for the bits again after the logarithm makes XLA's GPU backend
   # (JAX 0.11) write both to memory, 8 bytes for a number of 2.
   uniform = jnp.where(bits & np.uint32(1), uniform, -uniform)
-  return np.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+  number = np.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+  # Of numbers below 6 no change. But a product by a constant XLA may join with the products that
+  # follow, in one program and not in another: a replay would differ from its run in the last bit.
+  return jnp.minimum(number, np.float32(6))
 
 
 def _sign(bits):

@@ -111,7 +111,7 @@ def check_start(log: Log, start, own: Log, first: int) -> None:
   """That a log is of a run: from the fingerprint of the weights that it began with, and its own log
   of its `first` steps.
   """
-  if start != log.start:
+  if int(start) != int(log.start):
     raise ValueError(
       f'the log does not belong to these weights: it began with fingerprint {int(log.start):08x}, '
       f'theirs is {int(start):08x}; replay from the weights that the run began with'

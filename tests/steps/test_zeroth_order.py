@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 # The others go with the slow tests: their parts are those of these, put together otherwise.
-QUICK = ('mezo', 'lozo_m', 'subzero')
+QUICK = ('mezo', 'lozo_m', 'subzero', 'blockwise')
 NAMES = [
   name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS
 ]
@@ -149,7 +149,6 @@ def rounded():
   return transform, states
 
 
-@pytest.mark.slow
 def test_a_replay_rounds_as_the_run_did_and_begins_at_any_checkpoint():
   transform, (begin, _, middle, _, end) = rounded()
   log = estimators.find_log(end['opt'])
