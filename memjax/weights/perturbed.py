@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from memjax.weights.weight import Weight, dot, materialize, take
+from memjax.weights.weight import Weight, dot, is_weight, materialize, take
 
 _FEW = 4  # Columns of a product that a sum is faster than.
 
@@ -88,7 +88,8 @@ class LowRank:
       return dot(x, self.materialize().astype(x.dtype), transpose)
     into, out = (self.right, self.left) if transpose else (self.left, self.right)
     thin = dot(x, into) * self.scale.astype(x.dtype)
-    return _add_product(dot(x, self.value, transpose), thin, out)
+    value = self.value if is_weight(self.value) else _row_major(self.value)
+    return _add_product(dot(x, value, transpose), thin, out)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` of the sum."""

@@ -22,6 +22,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
   ('name', 'target', 'most'),
   [
     ('mezo_llama7b', 'v5e:1x1', 13.0),
+    ('lozo_llama7b', 'v5e:1x1', 13.0),
     ('mezo_opt13b', 'v6e:1x1', 29.0),
     ('zo2_opt13b', 'v5e:1x1', 4.2),
     ('zo2_opt66b', 'v5e:1x1', 7.5),
