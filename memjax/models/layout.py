@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -59,10 +59,17 @@ def sum_over_batch(
   if math.prod(layout.mesh.shape[axis] for axis in axes) == 1:  # Also without axes.
     return f
 
-  def local(params, *arrays):
-    return jax.tree.map(lambda s: s[None], f(params, *arrays))
-
   def summed(params, *arrays):
+    dtypes = jax.tree.map(lambda x: x.dtype, params)
+
+    def local(params, *arrays):
+      params = jax.tree.map(_as, params, dtypes)
+      return jax.tree.map(lambda s: s[None], f(params, *arrays))
+
+    # A gradient in 16 bits, summed over some axes of a mesh, ends the process on a CPU (XLA's
+    # AllReducePromotion takes no reduction that JAX has noted a layout in).
+    if isinstance(layout.mesh, Mesh) and layout.mesh.devices.flat[0].platform == 'cpu':
+      params = jax.tree.map(_widen, params)
     # check_vma=False: with it, jax marks `params` as varying where they are used, inside the loop,
     # and so reduces there.
     # None is the mesh of the `shard_map` around: there each side of a zeroth-order step has a half.
@@ -78,3 +85,13 @@ def sum_over_batch(
     return jax.tree.map(jnp.sum, sums)
 
   return summed
+
+
+def _widen(x):
+  """An array in at least 32 bits, if it is one of floating point."""
+  is_float = jnp.issubdtype(x.dtype, jnp.floating)
+  return _as(x, jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
+
+
+def _as(x, dtype):
+  return x if x.dtype == dtype else x.astype(dtype)

@@ -12,7 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import assert_trees_close, batch_of, make, random_params
 
+from memjax import sharding
 from memjax.models.cross_entropy import chunked_cross_entropy
+from memjax.models.layout import sum_over_batch
 
 VOCAB, HIDDEN = 96, 16
 
@@ -151,3 +153,14 @@ def collectives(compiled, kind):
   """Result shape and source of each collective of that kind in a compiled program."""
   found = re.findall(rf'= \w+\[([\d,]*)\]\S* {kind}\(.*op_name="([^"]*)"', compiled.as_text())
   return [(tuple(int(n) for n in shape.split(',') if n), name) for shape, name in found]
+
+
+def test_gradients_in_16_bits_are_summed_over_some_axes_of_a_mesh():
+  """On a CPU such a sum ended the process."""
+  mesh = sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])
+  params, x = jnp.eye(4, dtype=jnp.bfloat16), jnp.arange(8, dtype=jnp.bfloat16).reshape(2, 4)
+  f = lambda params, x: (jnp.sum((x @ params) ** 2, dtype=jnp.float32),)
+  sharded = sum_over_batch(f, NamedSharding(mesh, P(('data', 'fsdp'))))
+  found, expected = (jax.jit(jax.grad(lambda p, g=g: g(p, x)[0]))(params) for g in (sharded, f))
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found.astype(float), expected.astype(float))
