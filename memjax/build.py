@@ -32,6 +32,7 @@ from memjax.steps import (
   layerwise,
   offload,
   projected,
+  restarts,
   rotations,
   selected,
   selectors,
@@ -168,9 +169,10 @@ def _build_streamed(config, mesh, model, schedule, adapter) -> Parts:
     'opt': jax.tree.map(lambda _: here, state['opt']),
   }
   batch = batch_shapes(config.batch_size, config.seq_len, mesh, model)
-  step = streamed.make_train_step(model, method, shardings=shardings)
-  step = adapters.over_time(step, adapter, root_key(config, 'adapter'))
   flush = streamed.make_flush(method, shardings=shardings)
+  step = streamed.make_train_step(model, method, shardings=shardings)
+  over = root_key(config, 'adapter'), method.transform.init, restarts.make_restart(adapter, flush)
+  step = adapters.over_time(step, adapter, *over)
   view = lambda params: weights.offloaded(adapters.at_rest(params))
   return Parts(
     model=model,

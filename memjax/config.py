@@ -352,12 +352,16 @@ def _check_restarts(c: ConfigDict) -> None:
       f'config.weights={c.weights!r} would round the sums coarsely each time: set '
       "config.weights='dense', or config.adapter.name='lora', which leaves weights alone"
     )
-  apart = [*rotations.ROTATIONS, 'streamed']
-  if c.step in apart or c.offload_state > 0:
+  if c.step in rotations.ROTATIONS or c.offload_state > 0:
     raise ValueError(
       f'config.adapter {c.adapter.name!r} restarts the optimizer from time to time, which '
       f'config.step={c.step!r} with config.offload_state={c.offload_state} does not let it; set '
       "config.step='whole_tree', 'layerwise' or 'zeroth_order', and config.offload_state=0"
+    )
+  if c.step == 'streamed' and c.adapter.get('pool', 'keys') != 'keys':
+    raise ValueError(
+      f'config.adapter.pool={c.adapter.pool!r} keeps pools beside the weights, which '
+      "config.step='streamed' would send through the device; set config.adapter.pool='keys'"
     )
   if c.step == 'hybrid' and c.adapter.get('pool') == 'host':
     raise ValueError(

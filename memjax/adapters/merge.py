@@ -1,6 +1,7 @@
 """From adapted parameters back to plain ones, a matrix at a time."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -62,27 +63,75 @@ def detach(params: Any) -> Any:
 def fold(leaf: Any, key: jax.Array | None = None) -> Any:
   """Returns the base of an adapted leaf plus what the leaf adds to it.
 
-  A loop over layers whose carry is the base: in place where that is donated, and never a copy of
-  more than one matrix.
+  A loop over layers whose carry is the base: in place where that is donated, also in the host's
+  memory, and never a copy of more than one matrix.
 
   Args:
     leaf: Has `base`, and `delta()`, what is added: f32[..., m, n].
     key: As `merge`, of this leaf.
   """
-  stacked = jax.eval_shape(lambda leaf: leaf.delta(), leaf).shape[:-2]
-  if not stacked:
+  layers = _layers(leaf)
+  if not layers:
     return add_update(leaf.base, leaf.delta(), key)
+  add = lambda index, base: _add_layer(leaf, base, key, index)
+  return jax.lax.fori_loop(0, layers[0], add, leaf.base)
 
-  def add_layer(index, base):
-    one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), leaf)
-    old = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), base)
-    noise = None if key is None else jax.random.fold_in(key, index)
-    # Over what the loop carries, lest it read a second copy of all layers.
-    new = add_update(old, over(one, old).delta(), noise)
-    write = lambda x, row: jax.lax.dynamic_update_index_in_dim(x, row, index, 0)
-    return jax.tree.map(write, base, new)
 
-  return jax.lax.fori_loop(0, stacked[0], add_layer, leaf.base)
+def fold_all(leaves: Mapping[str, Any], keys: Mapping[str, jax.Array], due: jax.Array) -> dict:
+  """Returns `{path: fold(leaf, key)}` where that is due, else the bases as they are.
+
+  One loop over all layers, of no turns where it is not due: a GPU waits for its host to learn
+  how many, and a TPU's compiler takes arrays in the host's memory in the outermost loop alone.
+
+  Args:
+    leaves: `{path: leaf}`, see `fold`.
+    keys: Likewise.
+    due: bool[].
+  """
+  bases, groups = {path: leaf.base for path, leaf in leaves.items()}, {}
+  for path, leaf in leaves.items():
+    groups.setdefault(_layers(leaf), []).append(path)
+
+  def add(index, some):
+    return {path: _add_layer(leaves[path], some[path], keys[path], index) for path in some}
+
+  def add_plain(_, some):
+    one = lambda path: add_update(some[path], over(leaves[path], some[path]).delta(), keys[path])
+    return {path: one(path) for path in some}
+
+  for layers, paths in groups.items():
+    turns, body = (layers[0], add) if layers else (1, add_plain)
+    some = {path: bases[path] for path in paths}
+    bases |= jax.lax.fori_loop(0, jnp.where(due, turns, 0), body, some)
+  return bases
+
+
+def _layers(leaf):
+  """The axis of layers of an adapted leaf, as a shape; `()` without."""
+  return jax.eval_shape(lambda leaf: leaf.delta(), leaf).shape[:-2]
+
+
+def _add_layer(leaf, base, key, index):
+  take = lambda x: _fetched(jax.lax.dynamic_index_in_dim(x, index))[0]
+  old = jax.tree.map(take, base)
+  # Over what the loop carries, lest it read a second copy of all layers.
+  one = over(jax.tree.map(take, over(leaf, None)), old)
+  new = add_update(old, one.delta(), None if key is None else jax.random.fold_in(key, index))
+  write = lambda x, row: jax.lax.dynamic_update_index_in_dim(x, _beside(x, row[None]), index, 0)
+  return jax.tree.map(write, base, new)
+
+
+def _fetched(x):
+  return jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x
+
+
+def _beside(x, layer):
+  """A layer, in the host's memory if the array is there that it is to be written to."""
+  return jax.device_put(layer, jax.memory.Space.Host) if _on_host(x) else layer
+
+
+def _on_host(x):
+  return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _array(leaf, key, dtype):

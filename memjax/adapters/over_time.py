@@ -9,7 +9,11 @@ from memjax.naming import fold_in_path
 
 
 def over_time(
-  step: Callable, spec: Any, key: jax.Array, init: Callable | Mapping | None = None
+  step: Callable,
+  spec: Any,
+  key: jax.Array,
+  init: Callable | Mapping | None = None,
+  restart: Callable | None = None,
 ) -> Callable:
   """Returns a training step that first lets the method act on the state.
 
@@ -28,8 +32,10 @@ def over_time(
     key: Root key of its draws.
     init: `init` of the optimizer, which a `restart` needs; or one for each of the trees that the
       parameters are in.
+    restart: In place of the specification's, where a step's state is not all at hand.
   """
-  restart, advance = getattr(spec, 'restart', None), getattr(spec, 'advance', None)
+  restart = restart or getattr(spec, 'restart', None)
+  advance = getattr(spec, 'advance', None)
   if restart is None and advance is None:
     return step
   step = spec.around(step) if hasattr(spec, 'around') else step

@@ -15,7 +15,7 @@ import optax
 from memjax import weights
 from memjax.adapters import state as state_lib
 from memjax.adapters.lora import LoRA, draw_a
-from memjax.adapters.merge import fold
+from memjax.adapters.merge import fold_all, over
 from memjax.adapters.noise import layer_keys
 from memjax.naming import fold_in_path, path_string
 
@@ -98,10 +98,14 @@ class ReLoRA(LoRA):
       f'{path}/{part}': getattr(leaf, part).shape for path, leaf in own.items() for part in 'ab'
     }
 
-    def renew(own):
-      return {path: self._renewed(leaf, fold_in_path(key, path)) for path, leaf in own.items()}
+    keys = {path: jax.random.split(fold_in_path(key, path)) for path in own}
+    bases = fold_all(own, {path: noise for path, (_, noise) in keys.items()}, due)
 
-    own = state_lib.when(due, renew, own)
+    def renew(own):
+      return {path: self._renewed(leaf, keys[path][0]) for path, leaf in own.items()}
+
+    own = state_lib.when(due, renew, {path: over(leaf, None) for path, leaf in own.items()})
+    own = {path: over(leaf, bases[path]) for path, leaf in own.items()}
     put = lambda path, leaf: own.get(path_string(path), leaf)
     params = jax.tree.map_with_path(put, state['params'], is_leaf=weights.is_weight)
     if self.prune == 'zero':
@@ -113,9 +117,7 @@ class ReLoRA(LoRA):
     return {**state, 'params': params, 'opt': opt}
 
   def _renewed(self, leaf, key):
-    draw, noise = jax.random.split(key)
-    a, b = self._redrawn(leaf.a, draw), jnp.zeros_like(leaf.b)
-    return dataclasses.replace(leaf, base=fold(leaf, noise), a=a, b=b)
+    return dataclasses.replace(leaf, a=self._redrawn(leaf.a, key), b=jnp.zeros_like(leaf.b))
 
   def _redrawn(self, a, key):
     *batch, m, rank = a.shape

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from memjax import weights
 from memjax.adapters import state as state_lib
-from memjax.adapters.merge import fold
+from memjax.adapters.merge import fold_all, over
 from memjax.adapters.noise import layer_keys
 from memjax.naming import fold_in_path, path_string
 
@@ -70,6 +70,10 @@ class RSO:
       matrix, subspace, jnp.zeros((self.rank, n), jnp.dtype(self.dtype or shape.dtype))
     )
 
+  def due(self, step: jax.Array) -> jax.Array:
+    """Whether to restart before the update that follows `step` finished ones."""
+    return (step > 0) & (step % self.every == 0)
+
   def restart(self, state: dict, key: jax.Array, init: Callable) -> dict:
     """Returns the training state, in a new subspace if a period is over.
 
@@ -78,16 +82,20 @@ class RSO:
       key: Root key of the subspaces and of the rounding of W.
       init: Of the optimizer.
     """
-    due = (state['step'] > 0) & (state['step'] % self.every == 0)
+    due = self.due(state['step'])
     key = jax.random.fold_in(key, state['step'])
     named = jax.tree.leaves_with_path(state['params'], is_leaf=weights.is_weight)
     own = {path_string(path): leaf for path, leaf in named if isinstance(leaf, weights.Adapted)}
     where = {f'{path}/b': due for path in own}
 
-    def renew(own):
-      return {path: _renewed(leaf, fold_in_path(key, path)) for path, leaf in own.items()}
+    keys = {path: jax.random.split(fold_in_path(key, path)) for path in own}
+    bases = fold_all(own, {path: noise for path, (_, noise) in keys.items()}, due)
 
-    own = state_lib.when(due, renew, own)
+    def renew(own):
+      return {path: _renewed(leaf, keys[path][0]) for path, leaf in own.items()}
+
+    own = state_lib.when(due, renew, {path: over(leaf, None) for path, leaf in own.items()})
+    own = {path: over(leaf, bases[path]) for path, leaf in own.items()}
     put = lambda path, leaf: own.get(path_string(path), leaf)
     params = jax.tree.map_with_path(put, state['params'], is_leaf=weights.is_weight)
     opt = state_lib.restarted(state['opt'], state_lib.fresh(init, params), where)
@@ -96,8 +104,7 @@ class RSO:
 
 def _renewed(leaf, key):
   """The leaf in another subspace of the same law; one that is not drawn stays."""
-  draw, noise = jax.random.split(key)
   a = leaf.a
   if isinstance(a, weights.Drawn):
-    a = dataclasses.replace(a, key=layer_keys(draw, a.key.shape[:-1]))
-  return dataclasses.replace(leaf, base=fold(leaf, noise), a=a, b=jnp.zeros_like(leaf.b))
+    a = dataclasses.replace(a, key=layer_keys(key, a.key.shape[:-1]))
+  return dataclasses.replace(leaf, a=a, b=jnp.zeros_like(leaf.b))

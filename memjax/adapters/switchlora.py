@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from memjax import weights
 from memjax.adapters import pools
 from memjax.adapters import state as state_lib
-from memjax.adapters.merge import fold, over
+from memjax.adapters.merge import fold_all
 from memjax.adapters.noise import layer_keys
 from memjax.naming import fold_in_path, path_string
 from memjax.transforms.rounding import add_update
@@ -126,6 +126,10 @@ class SwitchLoRA:
     base = add_update(matrix, -leaf.delta(), jax.random.fold_in(key, _ROUND))
     return dataclasses.replace(leaf, base=base)
 
+  def due(self, step: jax.Array) -> jax.Array:
+    """Whether an exchange is possible before the update that follows `step` finished ones."""
+    return step >= 0
+
   def restart(self, state: dict, key: jax.Array, init: Callable) -> dict:
     """Returns the training state after the exchanges of this update.
 
@@ -148,15 +152,13 @@ class SwitchLoRA:
       where[f'{path}/b'] = (leaf.frozen_b == self.freeze)[..., :, None]
       return leaf
 
-    def add(bases):
-      noise = lambda path: jax.random.fold_in(
-        jax.random.fold_in(fold_in_path(key, path), state['step']), _ROUND
-      )
-      return {path: fold(over(sums[path], base), noise(path)) for path, base in bases.items()}
+    def noise(path):
+      at_step = jax.random.fold_in(fold_in_path(key, path), state['step'])
+      return jax.random.fold_in(at_step, _ROUND)
 
     params = jax.tree.map_with_path(renew, state['params'], is_leaf=weights.is_weight)
     due = sum(jnp.sum(leaf.b != 0) for leaf in sums.values()) > 0
-    bases = state_lib.when(due, add, {path: leaf.base for path, leaf in sums.items()})
+    bases = fold_all(sums, {path: noise(path) for path in sums}, due)
 
     def settle(path, leaf):
       path = path_string(path)

@@ -125,15 +125,20 @@ def make_train_step(model: Any, method: Method, *, shardings: dict | None = None
 
 
 def make_flush(method: Method, *, shardings: dict | None = None):
-  """Returns `flush(state) -> state`, a pure function to be jitted with its state donated: the
-  update that is due is applied.
+  """Returns `flush(state, now=None) -> state`, a pure function to be jitted with its state donated:
+  the update that is due is applied, if `now`, bool[], does not say otherwise.
 
   Moves every matrix to the device and back, one at a time.
   """
 
-  def flush(state):
-    change = _Change(method, state)
-    rest, inner = change.rest()
+  def flush(state, now=None):
+    later = state['opt'].due & ~now if now is not None else jnp.zeros((), bool)
+    due = state['opt'].due & ~later
+    change = _Change(method, {**state, 'opt': state['opt']._replace(due=due)})
+    # In a loop of no or one turn, which is not fused with what a step does next: the same bits here
+    # and there.
+    before = {k: v for k, v in state['params'].items() if k != STACK}, state['opt'].inner
+    rest, inner = lax.fori_loop(0, jnp.where(due, 1, 0), lambda *_: change.rest(), before)
     blocks, where = state['params'][STACK], shardings and shardings['params'][STACK]
     stacks, places = streams.flatten(blocks), streams.places(blocks, where)
 
@@ -145,9 +150,11 @@ def make_flush(method: Method, *, shardings: dict | None = None):
         stacks, index = lax.optimization_barrier((stacks, index))
       return stacks
 
-    stacks = lax.fori_loop(0, slices.count_layers(state['params']), body, stacks)
+    layers = slices.count_layers(state['params'])
+    turns = layers if now is None else jnp.where(now, layers, 0)
+    stacks = lax.fori_loop(0, turns, body, stacks)
     params = {**rest, STACK: streams.unflatten(blocks, stacks)}
-    return {**state, 'params': params, 'opt': Delayed(jnp.zeros((), bool), inner)}
+    return {**state, 'params': params, 'opt': Delayed(later, inner)}
 
   return flush
 

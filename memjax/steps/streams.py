@@ -25,9 +25,13 @@ def place(shardings: dict, params: dict) -> dict:
   """Returns the shardings of parameters with the blocks' matrices moved to the host's memory."""
 
   def move(leaf, sharding):
-    is_matrix = weights.whole(leaf).ndim > 2
-    to_host = lambda s: s.with_memory_kind(offload.HOST) if is_matrix else s
-    return jax.tree.map(to_host, sharding)
+    to_host = lambda tree: jax.tree.map(lambda s: s.with_memory_kind(offload.HOST), tree)
+    if weights.whole(leaf).ndim < 3:
+      return sharding
+    if isinstance(leaf, weights.Restarted):
+      # Factors stay, to be changed together at a restart.
+      return dataclasses.replace(sharding, base=to_host(sharding.base))
+    return to_host(sharding)
 
   stack = jax.tree.map(
     move, params[slices.STACK], shardings[slices.STACK], is_leaf=weights.is_weight

@@ -82,7 +82,7 @@ def make(name):
 # others, each a compilation of two steps, are marked slow.
 COMMON = ('galore', 'adalomo', 'lion')
 # Gradients have the same bits; so have updates that the compiler does not fuse in another order.
-EXACT = ('limit_norm_growth', 'lion', 'sm3', 'vector_adam')
+EXACT = ('limit_norm_growth', 'lion', 'sm3')
 
 
 @pytest.mark.parametrize(
