@@ -14,8 +14,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from memjax.weights.weight import Weight, dot, is_weight, materialize, take
 
-_FEW = 4  # Columns of a product that a sum is faster than.
-
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=('value', 'key', 'scale'), meta_fields=('noise',)
@@ -89,7 +87,7 @@ class LowRank:
     into, out = (self.right, self.left) if transpose else (self.left, self.right)
     thin = dot(x, into) * self.scale.astype(x.dtype)
     value = self.value if is_weight(self.value) else _row_major(self.value)
-    return _add_product(dot(x, value, transpose), thin, out)
+    return dot(x, value, transpose) + dot(thin, out, transpose=True)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` of the sum."""
@@ -117,18 +115,6 @@ def _row_major(x):
   which a TPU's compiler would then copy whole before the loop over layers.
   """
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-def _add_product(y, thin, out):
-  """`y + thin out^T`, `[..., n]` of `[..., r]` and `[n, r]`."""
-  rank = out.shape[-1]
-  if rank > _FEW:
-    return y + dot(thin, out, transpose=True)
-  # A product of so few columns is no work, but its result is: as a sum it is never written.
-  thin = thin.astype(jnp.promote_types(thin.dtype, jnp.float32))
-  rows = jnp.expand_dims(out.T, tuple(range(1, thin.ndim)))  # [r, 1, ..., n].
-  terms = (thin[..., j, None] * rows[j] for j in range(rank))
-  return (y + sum(terms)).astype(y.dtype)
 
 
 def _add(value, scale, noise):
