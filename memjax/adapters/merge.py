@@ -1,13 +1,14 @@
 """From adapted parameters back to plain ones, a matrix at a time."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from memjax import weights
+from memjax.adapters.state import when
 from memjax.naming import fold_in_path, path_string
 from memjax.transforms.rounding import add_update
 
@@ -104,6 +105,22 @@ def fold_all(leaves: Mapping[str, Any], keys: Mapping[str, jax.Array], due: jax.
     some = {path: bases[path] for path in paths}
     bases |= jax.lax.fori_loop(0, jnp.where(due, turns, 0), body, some)
   return bases
+
+
+def renewed(leaves: Mapping[str, Any], renew: Callable, key: jax.Array, due: jax.Array) -> dict:
+  """Returns leaves after a restart, where it is due: what they added is in W, the rest drawn anew.
+
+  Args:
+    leaves: `{path: adapted leaf}`.
+    renew: `renew(leaf, key) -> leaf`, given and returning a leaf without a base.
+    key: Of this step; a leaf's draws and the rounding of its W have its path for an address.
+    due: bool[].
+  """
+  keys = {path: jax.random.split(fold_in_path(key, path)) for path in leaves}
+  bases = fold_all(leaves, {path: noise for path, (_, noise) in keys.items()}, due)
+  draw = lambda rest: {path: renew(leaf, keys[path][0]) for path, leaf in rest.items()}
+  rest = when(due, draw, {path: over(leaf, None) for path, leaf in leaves.items()})
+  return {path: over(leaf, bases[path]) for path, leaf in rest.items()}
 
 
 def _layers(leaf):

@@ -15,7 +15,7 @@ import optax
 from memjax import weights
 from memjax.adapters import state as state_lib
 from memjax.adapters.lora import LoRA, draw_a
-from memjax.adapters.merge import fold_all, over
+from memjax.adapters.merge import renewed
 from memjax.adapters.noise import layer_keys
 from memjax.naming import fold_in_path, path_string
 
@@ -98,14 +98,7 @@ class ReLoRA(LoRA):
       f'{path}/{part}': getattr(leaf, part).shape for path, leaf in own.items() for part in 'ab'
     }
 
-    keys = {path: jax.random.split(fold_in_path(key, path)) for path in own}
-    bases = fold_all(own, {path: noise for path, (_, noise) in keys.items()}, due)
-
-    def renew(own):
-      return {path: self._renewed(leaf, keys[path][0]) for path, leaf in own.items()}
-
-    own = state_lib.when(due, renew, {path: over(leaf, None) for path, leaf in own.items()})
-    own = {path: over(leaf, bases[path]) for path, leaf in own.items()}
+    own = renewed(own, self._renewed, key, due)
     put = lambda path, leaf: own.get(path_string(path), leaf)
     params = jax.tree.map_with_path(put, state['params'], is_leaf=weights.is_weight)
     if self.prune == 'zero':

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from memjax import weights
 from memjax.adapters import state as state_lib
-from memjax.adapters.merge import fold_all, over
+from memjax.adapters.merge import renewed
 from memjax.adapters.noise import layer_keys
-from memjax.naming import fold_in_path, path_string
+from memjax.naming import path_string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +88,7 @@ class RSO:
     own = {path_string(path): leaf for path, leaf in named if isinstance(leaf, weights.Adapted)}
     where = {f'{path}/b': due for path in own}
 
-    keys = {path: jax.random.split(fold_in_path(key, path)) for path in own}
-    bases = fold_all(own, {path: noise for path, (_, noise) in keys.items()}, due)
-
-    def renew(own):
-      return {path: _renewed(leaf, keys[path][0]) for path, leaf in own.items()}
-
-    own = state_lib.when(due, renew, {path: over(leaf, None) for path, leaf in own.items()})
-    own = {path: over(leaf, bases[path]) for path, leaf in own.items()}
+    own = renewed(own, _renewed, key, due)
     put = lambda path, leaf: own.get(path_string(path), leaf)
     params = jax.tree.map_with_path(put, state['params'], is_leaf=weights.is_weight)
     opt = state_lib.restarted(state['opt'], state_lib.fresh(init, params), where)

@@ -352,6 +352,13 @@ def test_what_cannot_cross_is_refused(name, step, changes):
     parts_of(crossed(name, step, **changes))
 
 
+def test_pools_beside_streamed_weights_are_refused():
+  c = crossed('switchlora', 'streamed')
+  c.adapter.pool = 'device'
+  with pytest.raises(ValueError, match=r"pool='device' .* set config\.adapter\.pool='keys'"):
+    config.validate(c)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'step'), CROSSED)
 def test_every_adapter_goes_through_every_step_acts_and_resumes(name, step, tmp_path):
