@@ -8,8 +8,8 @@ with Gaussian noise and 1.08 with Rademacher, LOZO at most 1.05.
     python benchmarks/zeroth_order.py            # minutes on two cores
 
 Dense noise is drawn three times a step, whatever the batch: the ratio falls as the batch grows.
-LOZO adds a product of rank 2 to the result of every other: on a CPU another pass over that result,
-which is why it misses its aim there. As a sum of two outer products it takes as long.
+LOZO joins the factors of its noise to a weight where the second product would cost a CPU two more
+passes over the result (`memjax.weights.LowRank`).
 """
 
 import time

@@ -65,8 +65,9 @@ class Perturbed:
 class LowRank:
   """A weight plus a product of thin factors that is never formed: `x w + scale (x left) right^T`.
 
-  Factors of another shape `[a, r]` and `[b, r]` with `a b = m n` stand for their product, reshaped;
-  it is then formed where the weight is used.
+  On a CPU costs a copy of the matrix while that is used, with its factors joined to it. Factors of
+  another shape `[a, r]` and `[b, r]` with `a b = m n` stand for their product, reshaped; it is then
+  formed where the weight is used.
 
   Attributes:
     value: The weight: an array, or another `Weight`.
@@ -86,8 +87,11 @@ class LowRank:
       return dot(x, self.materialize().astype(x.dtype), transpose)
     into, out = (self.right, self.left) if transpose else (self.left, self.right)
     thin = dot(x, into) * self.scale.astype(x.dtype)
-    value = self.value if is_weight(self.value) else _row_major(self.value)
-    return dot(x, value, transpose) + dot(thin, out, transpose=True)
+    if is_weight(self.value):
+      return dot(x, self.value, transpose) + dot(thin, out, transpose=True)
+    joined = functools.partial(_joined, transpose=transpose)
+    added = functools.partial(_added, transpose=transpose)
+    return jax.lax.platform_dependent(x, self.value, thin, out, cpu=joined, default=added)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` of the sum."""
@@ -108,6 +112,19 @@ class LowRank:
   def _reshaped(self):
     value = jax.eval_shape(materialize, self.value)
     return (self.left.shape[-2], self.right.shape[-2]) != value.shape[-2:]
+
+
+def _added(x, value, thin, out, transpose):
+  return dot(x, _row_major(value), transpose) + dot(thin, out, transpose=True)
+
+
+def _joined(x, value, thin, out, transpose):
+  """The same by one product, `[x thin] @ [value; out^T]`: copying both sides takes a CPU less time
+  than adding the result of a second one.
+  """
+  out, axis = (out, 1) if transpose else (out.T, 0)
+  both = jnp.concatenate([value.astype(x.dtype), out.astype(x.dtype)], axis)
+  return dot(jnp.concatenate([x, thin], -1), both, transpose)
 
 
 def _row_major(x):
