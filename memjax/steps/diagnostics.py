@@ -65,10 +65,9 @@ def after(read: Any, opt: Any) -> tuple[Any, Any]:
   opt, treedef = jax.tree.flatten(opt, is_leaf=lambda x: is_state(x) or isinstance(x, Log))
   at = next(i for i, leaf in enumerate(opt) if is_state(leaf))
   logs = {i: leaf for i, leaf in enumerate(opt) if isinstance(leaf, Log)}
-  values = read, logs, opt[at].count
-  read, logs, count = lax.platform_dependent(
-    values, cpu=_through_a_loop, default=lax.optimization_barrier
-  )
+  values = lax.optimization_barrier((read, logs, opt[at].count))
+  same = lambda values: values
+  read, logs, count = lax.platform_dependent(values, cpu=_through_a_loop, default=same)
   opt[at] = opt[at]._replace(count=count)
   return read, treedef.unflatten([logs.get(i, leaf) for i, leaf in enumerate(opt)])
 

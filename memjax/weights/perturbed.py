@@ -87,11 +87,13 @@ class LowRank:
       return dot(x, self.materialize().astype(x.dtype), transpose)
     into, out = (self.right, self.left) if transpose else (self.left, self.right)
     thin = dot(x, into) * self.scale.astype(x.dtype)
+    value = self.value if is_weight(self.value) else _row_major(self.value)
+    added = dot(x, value, transpose) + dot(thin, out, transpose=True)
     if is_weight(self.value):
-      return dot(x, self.value, transpose) + dot(thin, out, transpose=True)
-    joined = functools.partial(_joined, transpose=transpose)
-    added = functools.partial(_added, transpose=transpose)
-    return jax.lax.platform_dependent(x, self.value, thin, out, cpu=joined, default=added)
+      return added
+    # Of the two the compiler keeps one.
+    joined = lambda added: _joined(x, self.value, thin, out, transpose)
+    return jax.lax.platform_dependent(added, cpu=joined, default=lambda added: added)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` of the sum."""
@@ -112,10 +114,6 @@ class LowRank:
   def _reshaped(self):
     value = jax.eval_shape(materialize, self.value)
     return (self.left.shape[-2], self.right.shape[-2]) != value.shape[-2:]
-
-
-def _added(x, value, thin, out, transpose):
-  return dot(x, _row_major(value), transpose) + dot(thin, out, transpose=True)
 
 
 def _joined(x, value, thin, out, transpose):
