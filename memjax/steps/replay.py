@@ -9,6 +9,7 @@ import optax
 
 from memjax.estimators.estimator import find
 from memjax.estimators.log import Log, find_log, fingerprint
+from memjax.steps import diagnostics
 from memjax.steps.zeroth_order import make_apply, measure
 
 
@@ -65,19 +66,27 @@ def replay(
   if exact:
     start = int(jax.jit(fingerprint)(params)) if opt is None else find_log(opt).start
     check_start(log, start, find_log(state['opt']), first)
+  again = jax.jit(make_step(optimizer, rounding_key), donate_argnums=0)
+  for row in range(first, count):
+    state, (seen, rate) = again(state, log.slopes[row])
+    check_step(log, row, seen if exact else None, rate)
+  return state['params']
+
+
+def make_step(optimizer, rounding_key=None):
+  """Returns `again(state, slopes f32[n, G]) -> (state, (row u32[], learning_rate f32[]))`, one step
+  of a replay and what its own log has of it; to be jitted with its state donated.
+  """
   optimizer = optax.with_extra_args_support(optimizer)
   advance = make_apply(optimizer, rounding_key)
 
   def again(state, slopes):
     opt = measure(optimizer, state, slopes=slopes)
+    _, opt = diagnostics.after([], opt)
     made, row = find_log(opt), find(opt).count - 1
     return advance({**state, 'opt': opt}), (made.rows[row], made.learning_rate[row])
 
-  again = jax.jit(again, donate_argnums=0)
-  for row in range(first, count):
-    state, (seen, rate) = again(state, log.slopes[row])
-    check_step(log, row, seen if exact else None, rate)
-  return state['params']
+  return again
 
 
 def _start(optimizer, params, opt):
